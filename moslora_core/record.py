@@ -1,0 +1,473 @@
+"""The run record: one folder a run, the only contract between the experiments and the analysis.
+
+    runs/<experiment>/<scale>/<method>/<overrides>/seed-<n>/
+        config.yaml         resolved configuration, complete: rerunning it repeats the run
+        environment.json    per stage: package versions, git commit, hardware, command line, start and end
+        metrics.jsonl       one object a logged step: step, loss, learning_rate, tokens, seconds, peak_memory_bytes
+        adapter/            PEFT format, safetensors
+        results.json        training summary, and per evaluation {task: {metric, value, n, stderr}}
+        predictions.jsonl   one object an evaluated item: evaluation, task, id, gold, prediction, correct
+        status.json         running | finished | failed, with stage and reason
+
+Every file but the growing ``*.jsonl`` logs is written to a temporary file and renamed, so that a reader (or a resumed
+run) never meets half of one. A line torn by a kill is recognised and dropped; damage anywhere else is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+STATES = ("running", "finished", "failed")
+_PACKAGES = (
+    "torch",
+    "peft",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "diffusers",
+    "deepspeed",
+    "bitsandbytes",
+    "lm_eval",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "moslora",
+)
+
+
+# ---------------------------------------------------------------------------------------------------------- contents
+
+
+@dataclass
+class TaskResult:
+    """One number of a table: ``value`` of ``metric`` over ``n`` items, with the standard error over the items."""
+
+    metric: str
+    value: float
+    n: int
+    stderr: float | None = None
+    unparsed: float | None = None  # share of responses in which no answer was found, where the protocol parses one
+
+
+@dataclass
+class Evaluation:
+    """All tasks of one evaluation protocol. ``protocol`` names what may share a table column: never mix two."""
+
+    protocol: str
+    tasks: dict[str, TaskResult]
+    seconds: float
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Plain mean over the tasks, as the paper's "Avg." (not weighted by their sizes)."""
+        return sum(task.value for task in self.tasks.values()) / len(self.tasks)
+
+
+@dataclass
+class Training:
+    """What a training cost. ``peak_memory_kind`` is cuda (allocated on the device) or rss (whole process)."""
+
+    seconds: float
+    steps: int
+    peak_memory_bytes: int
+    peak_memory_kind: str
+    trainable_parameters: int
+    total_parameters: int
+    final_loss: float | None = None
+    validation_loss: float | None = None
+
+
+@dataclass
+class Results:
+    training: Training | None = None
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass
+class Prediction:
+    """One evaluated item. ``id`` is stable across methods and seeds, so that runs can be paired item by item."""
+
+    evaluation: str
+    task: str
+    id: str
+    gold: str
+    prediction: str | None
+    correct: bool
+    response: str | None = None
+
+
+@dataclass
+class Status:
+    state: str
+    stage: str
+    reason: str | None = None
+    updated: str = ""
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes ``text`` to ``path`` through a temporary sibling and a rename.
+
+    Raises:
+        UserError: if the folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; expected a writable folder") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes private files; a record is for sharing
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: expected JSON, found {error}") from None
+
+
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Appends whole lines and flushes them to the disk, so that a kill costs at most the line being written."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Reads a log written by :func:`append_jsonl`; a last line without its newline was torn by a kill and is dropped.
+
+    Raises:
+        UserError: if any other line is not a JSON object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: expected UTF-8, found {error}") from None
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {number} is damaged: expected a JSON object, found {line[:60]!r}")
+        rows.append(row)
+    return rows
+
+
+def repair_jsonl(path: Path, keep=lambda row: True) -> list[dict[str, Any]]:
+    """Rewrites a log without a torn last line and without rows that ``keep`` refuses; returns the rows left."""
+    rows = [row for row in read_jsonl(path) if keep(row)] if path.exists() else []
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return rows
+
+
+def _build(kind: type, value: Any, where: str):
+    """Builds dataclass ``kind`` from JSON, naming a key that is missing or unknown."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected an object with {[f.name for f in fields(kind)]}, found {value!r}")
+    known = {f.name for f in fields(kind)}
+    if unknown := sorted(set(value) - known):
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; expected {sorted(known)}")
+    try:
+        return kind(**value)
+    except TypeError as error:
+        raise UserError(f"{where}: {str(error).removeprefix(f'{kind.__name__}.__init__() ')}") from None
+
+
+def _check_number(result: TaskResult, where: str) -> TaskResult:
+    for name in ("value", "n"):
+        number = getattr(result, name)
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            raise UserError(f"{where}: {name} must be a finite number, found {number!r}")
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------ record
+
+
+def override_label(overrides: Iterable[str]) -> str:
+    """Folder name of a set of configuration overrides: sorted, safe for a file system, ``default`` when empty."""
+    label = ",".join(sorted(overrides))
+    label = re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", label).strip(".")
+    if len(label) > 160:  # file names end at 255 bytes; keep the readable start and stay distinct
+        import hashlib
+
+        label = f"{label[:140]}~{hashlib.sha256(label.encode()).hexdigest()[:12]}"
+    return label or "default"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Reads and writes the folder of one run."""
+
+    path: Path
+
+    @classmethod
+    def locate(
+        cls, runs_dir: str | Path, experiment: str, scale: str, method: str, label: str, seed: int
+    ) -> RunRecord:
+        return cls(Path(runs_dir) / experiment / scale / method / label / f"seed-{seed}")
+
+    # the files
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def adapter_path(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def predictions_path(self) -> Path:
+        return self.path / "predictions.jsonl"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        """Trainer's resumable state; removed once the training has finished."""
+        return self.path / "checkpoints"
+
+    def partial_predictions_path(self, evaluation: str) -> Path:
+        """Where a running evaluation keeps its finished items; merged into predictions.jsonl at its end."""
+        return self.path / f"predictions.{evaluation}.partial.jsonl"
+
+    # status
+    def status(self) -> Status | None:
+        path = self.path / "status.json"
+        if not path.exists():
+            return None
+        status = _build(Status, read_json(path), str(path))
+        if status.state not in STATES:
+            raise UserError(f"{path}: state must be one of {STATES}, found {status.state!r}")
+        return status
+
+    def set_status(self, state: str, stage: str, reason: str | None = None) -> None:
+        write_json(self.path / "status.json", asdict(Status(state, stage, reason, _now())))
+
+    def is_trained(self) -> bool:
+        return self.results().training is not None
+
+    # results
+    def results(self) -> Results:
+        path = self.path / "results.json"
+        if not path.exists():
+            return Results()
+        raw = read_json(path)
+        found = raw.get("schema_version") if isinstance(raw, dict) else None
+        if found != SCHEMA_VERSION:
+            raise UserError(f"{path}: schema_version {found!r}, expected {SCHEMA_VERSION}")
+        results = _build(Results, raw, str(path))
+        if results.training is not None:
+            results.training = _build(Training, results.training, f"{path}: training")
+        if not isinstance(results.evaluations, dict):
+            raise UserError(f"{path}: evaluations must be an object, found {results.evaluations!r}")
+        for name, value in results.evaluations.items():
+            evaluation = _build(Evaluation, value, f"{path}: evaluations.{name}")
+            evaluation.tasks = {
+                task: _check_number(_build(TaskResult, result, f"{path}: {name}.{task}"), f"{path}: {name}.{task}")
+                for task, result in evaluation.tasks.items()
+            }
+            results.evaluations[name] = evaluation
+        return results
+
+    def write_results(self, results: Results) -> None:
+        write_json(self.path / "results.json", asdict(results))
+
+    def set_training(self, training: Training) -> None:
+        results = self.results()
+        results.training = training
+        self.write_results(results)
+
+    def add_evaluation(self, name: str, evaluation: Evaluation, predictions: Iterable[Prediction]) -> None:
+        """Adds (or replaces) one evaluation and its per-item predictions, and drops its partial file.
+
+        The predictions are written first: results that name an evaluation always have its items beside them.
+        """
+        kept = [row for row in self.predictions() if row["evaluation"] != name]
+        rows = kept + [asdict(prediction) for prediction in predictions]
+        write_atomic(self.predictions_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        results = self.results()
+        results.evaluations[name] = evaluation
+        self.write_results(results)
+        self.partial_predictions_path(name).unlink(missing_ok=True)
+
+    def predictions(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.predictions_path) if self.predictions_path.exists() else []
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.metrics_path) if self.metrics_path.exists() else []
+
+    # running
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Runs one stage (``train``, ``evaluate``): status, environment and the lock against a second process.
+
+        Raises:
+            UserError: if the folder cannot be written, or another process holds it.
+        """
+        from filelock import FileLock, Timeout
+
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock", timeout=0)
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"run folder {self.path} is in use by another process; wait for it or stop it") from None
+        except OSError as error:
+            raise UserError(f"cannot write run folder {self.path}: {error.strerror}") from None
+        try:
+            self.set_status("running", name)
+            self._note_environment(name, start=True)
+            try:
+                yield
+            except BaseException as error:
+                interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+                reason = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
+                self.set_status("failed", name, reason.splitlines()[0] if reason else None)
+                raise
+            self._note_environment(name, start=False)
+            self.set_status("finished", name)
+        finally:
+            lock.release()
+
+    def _note_environment(self, stage: str, start: bool) -> None:
+        path = self.path / "environment.json"
+        stages = read_json(path) if path.exists() else {}
+        if start:
+            stages[stage] = {**environment(), "start": _now(), "end": None}
+        else:
+            stages[stage]["end"] = _now()
+        write_json(path, stages)
+
+
+def find_runs(root: str | Path, experiment: str | None = None) -> list[RunRecord]:
+    """Every run folder below ``root`` (a folder that holds status.json), in a stable order."""
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(
+            f"no folder of runs at {root}; expected runs/<experiment>/<scale>/<method>/<overrides>/seed-<n>"
+        )
+    pattern = f"{experiment or '*'}/*/*/*/seed-*/status.json"
+    return [RunRecord(path.parent) for path in sorted(root.glob(pattern))]
+
+
+# ------------------------------------------------------------------------------------------------------- environment
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that this code runs from, ``+dirty`` with uncommitted changes; None outside git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+dirty" if dirty.stdout.strip() else "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Package versions, git commit, hardware and command line of this process."""
+    import torch
+
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    return {
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "python": platform.python_version(),
+        "git_commit": _git_commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "hardware": {
+            "machine": platform.machine(),
+            "cpu_count": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "gpus": gpus,
+            "cuda": torch.version.cuda,
+        },
+    }
+
+
+def peak_memory() -> tuple[int, str]:
+    """Peak memory so far in bytes and its kind: ``cuda`` where a device is in use, else ``rss`` of the process."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())), "cuda"
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024), "rss"
+
+
+class Stopwatch:
+    """Wall seconds since its start, on the monotonic clock, plus those of earlier sittings of a resumed run."""
+
+    def __init__(self, before: float = 0.0):
+        self._start = time.monotonic() - before
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
