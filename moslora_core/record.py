@@ -223,12 +223,27 @@ def _build(kind: type, value: Any, where: str):
         raise UserError(f"{where}: {str(error).removeprefix(f'{kind.__name__}.__init__() ')}") from None
 
 
-def _check_number(result: TaskResult, where: str) -> TaskResult:
-    for name in ("value", "n"):
-        number = getattr(result, name)
+def _check_finite(entry: Any, where: str, required: Iterable[str], optional: Iterable[str] = ()) -> None:
+    """Refuses a NaN, an infinity or something that is not a number: JSON as Python reads it admits all of them."""
+    for name in (*required, *optional):
+        number = getattr(entry, name)
+        if number is None and name in optional:
+            continue
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
             raise UserError(f"{where}: {name} must be a finite number, found {number!r}")
+
+
+def _task_result(value: Any, where: str) -> TaskResult:
+    result = _build(TaskResult, value, where)
+    _check_finite(result, where, ("value", "n"), ("stderr", "unparsed"))
     return result
+
+
+def _training(value: Any, where: str) -> Training:
+    training = _build(Training, value, where)
+    counts = ("seconds", "steps", "peak_memory_bytes", "trainable_parameters", "total_parameters")
+    _check_finite(training, where, counts)  # the losses are not checked: a diverged training is a result
+    return training
 
 
 # ------------------------------------------------------------------------------------------------------------ record
@@ -310,14 +325,15 @@ class RunRecord:
             raise UserError(f"{path}: schema_version {found!r}, expected {SCHEMA_VERSION}")
         results = _build(Results, raw, str(path))
         if results.training is not None:
-            results.training = _build(Training, results.training, f"{path}: training")
+            results.training = _training(results.training, f"{path}: training")
         if not isinstance(results.evaluations, dict):
             raise UserError(f"{path}: evaluations must be an object, found {results.evaluations!r}")
         for name, value in results.evaluations.items():
             evaluation = _build(Evaluation, value, f"{path}: evaluations.{name}")
+            if not isinstance(evaluation.tasks, dict):
+                raise UserError(f"{path}: {name}.tasks must be an object, found {evaluation.tasks!r}")
             evaluation.tasks = {
-                task: _check_number(_build(TaskResult, result, f"{path}: {name}.{task}"), f"{path}: {name}.{task}")
-                for task, result in evaluation.tasks.items()
+                task: _task_result(result, f"{path}: {name}.{task}") for task, result in evaluation.tasks.items()
             }
             results.evaluations[name] = evaluation
         return results
