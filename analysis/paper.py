@@ -17,21 +17,8 @@ from moslora_core.errors import UserError
 PAPER_NUMBERS = Path(__file__).with_name("paper_numbers.yaml")
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """How far a number can be trusted: the mark shown beside it and what the mark means."""
-
-    mark: str
-    meaning: str
-
-
-PROVENANCES = {
-    "PAPER": Provenance("ᵖ", "the paper's own text"),
-    "SECONDARY": Provenance("ˢ", "from a source that relays the paper"),
-    "CODE": Provenance("ᶜ", "from the authors' repository"),
-    "DERIVED": Provenance("ᵈ", "arithmetic on other known numbers"),
-    "RECALLED": Provenance("ʳ", "from memory, NOT checked against the paper"),
-}
+# How far a number can be trusted (the data file defines the words), and the mark that is shown beside it.
+PROVENANCE_MARKS = {"PAPER": "ᵖ", "SECONDARY": "ˢ", "CODE": "ᶜ", "DERIVED": "ᵈ", "RECALLED": "ʳ"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +33,7 @@ class Claim:
 
     @property
     def mark(self) -> str:
-        return PROVENANCES[self.provenance].mark
+        return PROVENANCE_MARKS[self.provenance]
 
 
 @dataclass(frozen=True)
@@ -56,6 +43,10 @@ class Note:
     text: str
     provenance: str
     source: str
+
+    @property
+    def mark(self) -> str:
+        return PROVENANCE_MARKS[self.provenance]
 
 
 @dataclass(frozen=True)
@@ -165,8 +156,8 @@ def _number(value: Any, where: str) -> float:
 
 
 def _provenance(value: Any, where: str) -> str:
-    if not isinstance(value, str) or value not in PROVENANCES:
-        raise UserError(f"{where}: provenance must be one of {', '.join(PROVENANCES)}, found {value!r}")
+    if not isinstance(value, str) or value not in PROVENANCE_MARKS:
+        raise UserError(f"{where}: provenance must be one of {', '.join(PROVENANCE_MARKS)}, found {value!r}")
     return value
 
 

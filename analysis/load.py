@@ -1,0 +1,144 @@
+"""Run records as the analysis uses them: the runs that can enter a table, and those left out with the reason."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moslora_core.errors import UserError
+from moslora_core.record import Evaluation, RunRecord, Training, find_runs, read_json
+
+# Evaluations without a trained adapter, the lines that every method must beat; they have no training to report.
+REFERENCES = ("majority", "none", "base")
+
+_SEED = re.compile(r"seed-(\d+)")
+_PROTOCOL = re.compile(r"\w[\w.,=+:@-]*")  # it names a folder of the report
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run. ``path`` is relative to the folder of runs; ``evaluations`` maps protocols."""
+
+    path: str
+    experiment: str
+    scale: str
+    method: str
+    label: str
+    seed: int
+    training: Training | None
+    evaluations: dict[str, Evaluation]
+    commits: frozenset[str]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run that enters no table, and why."""
+
+    path: str
+    scale: str
+    reason: str
+
+
+def load_runs(root: Path, experiment: str, scale: str | None = None) -> tuple[list[Run], list[LeftOut]]:
+    """Every run of ``experiment`` below ``root``, of one ``scale`` or all.
+
+    A record that cannot be used is named in the second list; it never raises and is never averaged in.
+
+    Raises:
+        UserError: if ``root`` is no folder.
+    """
+    records = {record.path for record in find_runs(root, experiment)}
+    # A seed's folder without status.json is no record to find_runs; it is named here, not passed over.
+    records.update(path for path in Path(root).glob(f"{experiment}/*/*/*/seed-*") if path.is_dir())
+    runs, left_out = [], []
+    for path in sorted(records):
+        found_scale = path.parts[-4]
+        if scale not in (None, found_scale):
+            continue
+        try:
+            runs.append(_load(RunRecord(path), path.relative_to(root).as_posix()))
+        except UserError as error:
+            reason = " ".join(str(error).replace(f"{path}/", "").split())
+            left_out.append(LeftOut(path.relative_to(root).as_posix(), found_scale, reason))
+    duplicates = _duplicates(runs)
+    left_out += [LeftOut(run.path, run.scale, reason) for run, reason in duplicates]
+    refused = {run.path for run, _ in duplicates}
+    return [run for run in runs if run.path not in refused], sorted(left_out, key=lambda entry: entry.path)
+
+
+def _load(record: RunRecord, relative: str) -> Run:
+    experiment, scale, method, label, seed = record.path.parts[-5:]
+    if not (match := _SEED.fullmatch(seed)):
+        raise UserError(f"folder {seed!r} names no seed; expected seed-<number>")
+    status = record.status()
+    if status is None:
+        raise UserError("status.json is missing")
+    if status.state != "finished":
+        raise UserError(f"{status.state} at stage {status.stage}" + (f": {status.reason}" if status.reason else ""))
+    results = record.results()
+    if results.training is None and method not in REFERENCES:
+        raise UserError("results.json has no training summary")
+    if not results.evaluations:
+        raise UserError(f"not evaluated yet; the last finished stage is {status.stage}")
+    return Run(
+        path=relative,
+        experiment=experiment,
+        scale=scale,
+        method=method,
+        label=label,
+        seed=int(match.group(1)),
+        training=results.training,
+        evaluations=_by_protocol(results.evaluations),
+        commits=_commits(record),
+    )
+
+
+def _by_protocol(evaluations: dict[str, Evaluation]) -> dict[str, Evaluation]:
+    """Evaluations by protocol, of which a run may have one each: which of two would stand in the table?"""
+    found: dict[str, str] = {}
+    for name, evaluation in evaluations.items():
+        protocol = evaluation.protocol
+        if not isinstance(protocol, str) or not _PROTOCOL.fullmatch(protocol):
+            raise UserError(f"results.json: {name}.protocol must be a name without spaces, found {protocol!r}")
+        if protocol in found:
+            raise UserError(f"results.json: evaluations {found[protocol]!r} and {name!r} are both of {protocol!r}")
+        found[protocol] = name
+        if not isinstance(evaluation.settings, dict):
+            raise UserError(f"results.json: {name}.settings must be an object, found {evaluation.settings!r}")
+        for task, result in evaluation.tasks.items():
+            shares = {"value": result.value} | ({} if result.unparsed is None else {"unparsed": result.unparsed})
+            for key, share in shares.items():
+                if not 0 <= share <= 1:
+                    raise UserError(f"results.json: {name}.{task}: {key} must be a share in [0, 1], found {share}")
+            if not isinstance(result.metric, str):
+                raise UserError(f"results.json: {name}.{task}: metric must be a name, found {result.metric!r}")
+            if result.n < 1:
+                raise UserError(f"results.json: {name}.{task}: n must be positive, found {result.n}")
+    return {protocol: evaluations[name] for protocol, name in found.items()}
+
+
+def _commits(record: RunRecord) -> frozenset[str]:
+    """Git commits of the code that trained and evaluated; empty where none was noted."""
+    path = record.path / "environment.json"
+    if not path.exists():
+        return frozenset()
+    stages = read_json(path)
+    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+        raise UserError(f"{path}: expected an object per stage")
+    return frozenset(str(stage["git_commit"]) for stage in stages.values() if stage.get("git_commit"))
+
+
+def _duplicates(runs: Iterable[Run]) -> list[tuple[Run, str]]:
+    """Runs that claim the same method, overrides and seed (seed-1 and seed-01): none of them is to be trusted."""
+    same = defaultdict(list)
+    for run in runs:
+        same[run.experiment, run.scale, run.method, run.label, run.seed].append(run)
+    return [
+        (run, f"duplicate of {', '.join(other.path for other in group if other is not run)}: same method and seed")
+        for group in same.values()
+        if len(group) > 1
+        for run in group
+    ]
