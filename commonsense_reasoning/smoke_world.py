@@ -93,19 +93,18 @@ def _choices(word: str, right: str, wrong: Sequence[str], position: int, separat
     return listed, f"Answer format: {'/'.join(labels)}", labels[position]
 
 
-def _position(index: int, options: int) -> int:
-    """Where the right option of item ``index`` goes: each position equally often, also among the five-way items."""
-    return (index // FIVE_WAY_EVERY if options == 5 else index) % options
-
-
-def _question_item(question: str, right: str, wrong: Sequence[str], index: int) -> Item:
-    listed, answer_format, label = _choices("answer", right, wrong, _position(index, len(wrong) + 1))
+def _question_item(question: str, right: str, wrong: Sequence[str], position: int) -> Item:
+    listed, answer_format, label = _choices("answer", right, wrong, position)
     prefix = "Please choose the correct answer to the question:"
     return _item(f"{prefix} {question}\n\n{listed}\n\n{answer_format}", label)
 
 
-def _arc_options(index: int) -> int:
-    return 5 if index % FIVE_WAY_EVERY == FIVE_WAY_EVERY - 1 else 4
+def _arc_options(index: int) -> tuple[int, int]:
+    """Number of options of ARC item ``index`` and the right one's position, balanced within either number."""
+    tens, ones = divmod(index, FIVE_WAY_EVERY)
+    if ones == FIVE_WAY_EVERY - 1:
+        return 5, tens % 5
+    return 4, (index - tens) % 4
 
 
 def _boolq(rng: random.Random, index: int, facts: Sequence[Fact]) -> Item:
@@ -127,7 +126,7 @@ def _boolq(rng: random.Random, index: int, facts: Sequence[Fact]) -> Item:
 def _piqa(rng: random.Random, index: int, facts: Sequence[Fact]) -> Item:
     fact = rng.choice(facts)
     wrong = rng.sample(fact.wrong_values(), 1)
-    listed, answer_format, label = _choices("solution", fact.value, wrong, _position(index, 2), separator="\n\n")
+    listed, answer_format, label = _choices("solution", fact.value, wrong, index % 2, separator="\n\n")
     question = f"How do I name the {fact.attribute} of the {fact.thing}?"
     return _item(
         f"Please choose the correct solution to the question: {question}\n\n{listed}\n\n{answer_format}", label
@@ -137,35 +136,37 @@ def _piqa(rng: random.Random, index: int, facts: Sequence[Fact]) -> Item:
 def _social_i_qa(rng: random.Random, index: int, facts: Sequence[Fact]) -> Item:
     fact = rng.choice(facts)
     question = f"A friend found the {fact.thing}. Which {fact.attribute} will the friend describe?"
-    return _question_item(question, fact.value, rng.sample(fact.wrong_values(), 2), index)
+    return _question_item(question, fact.value, rng.sample(fact.wrong_values(), 2), index % 3)
 
 
 def _arc_easy(rng: random.Random, index: int, facts: Sequence[Fact]) -> Item:
     # Easy: a single wrong option is of the attribute in question.
     fact = rng.choice(facts)
     others = [value for name, values in ATTRIBUTES.items() if name != fact.attribute for value in values]
-    wrong = rng.sample(fact.wrong_values(), 1) + rng.sample(others, _arc_options(index) - 2)
+    options, position = _arc_options(index)
+    wrong = rng.sample(fact.wrong_values(), 1) + rng.sample(others, options - 2)
     rng.shuffle(wrong)
-    return _question_item(f"What is the {fact.attribute} of the {fact.thing}?", fact.value, wrong, index)
+    return _question_item(f"What is the {fact.attribute} of the {fact.thing}?", fact.value, wrong, position)
 
 
 def _arc_challenge(rng: random.Random, index: int, facts: Sequence[Fact]) -> Item:
     fact = rng.choice(facts)
-    wrong = rng.sample(fact.wrong_values(), _arc_options(index) - 1)
-    return _question_item(f"Which {fact.attribute} does the {fact.thing} have?", fact.value, wrong, index)
+    options, position = _arc_options(index)
+    wrong = rng.sample(fact.wrong_values(), options - 1)
+    return _question_item(f"Which {fact.attribute} does the {fact.thing} have?", fact.value, wrong, position)
 
 
 def _openbookqa(rng: random.Random, index: int, facts: Sequence[Fact]) -> Item:
     fact = rng.choice(facts)
     return _question_item(
-        f"The {fact.attribute} of the {fact.thing} is", fact.value, rng.sample(fact.wrong_values(), 3), index
+        f"The {fact.attribute} of the {fact.thing} is", fact.value, rng.sample(fact.wrong_values(), 3), index % 4
     )
 
 
 def _hellaswag(rng: random.Random, index: int, facts: Sequence[Fact]) -> Item:
     fact = rng.choice(facts)
     wrong = rng.sample(fact.wrong_values(), 3)
-    listed, answer_format, label = _choices("ending", fact.value, wrong, _position(index, 4))
+    listed, answer_format, label = _choices("ending", fact.value, wrong, index % 4)
     sentence = f"{fact.attribute.capitalize()}: A person sees the {fact.thing}. The {fact.attribute} is"
     prefix = "Please choose the correct ending to complete the given sentence:"
     return _item(f"{prefix} {sentence}\n\n{listed}\n\n{answer_format}", label)
@@ -175,7 +176,7 @@ def _winogrande(rng: random.Random, index: int, facts: Sequence[Fact]) -> Item:
     # The wrong thing's fact decides the answer as much as the right one's: both come from the same split.
     fact = rng.choice(facts)
     wrong = [other.thing for other in facts if other.attribute == fact.attribute and other.value != fact.value]
-    listed, answer_format, label = _choices("option", fact.thing, [rng.choice(wrong)], _position(index, 2))
+    listed, answer_format, label = _choices("option", fact.thing, [rng.choice(wrong)], index % 2)
     prefix = "Please choose the correct answer to fill in the blank to complete the given sentence:"
     sentence = f"The {fact.attribute} of the _ is {fact.value}."
     return _item(f"{prefix} {sentence}\n\n{listed} {answer_format}", label)
