@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -51,6 +51,7 @@ class Row:
     """One method with one set of overrides, over its seeds.
 
     Attributes:
+        parameters: trainable parameters -> number of seeds that had so many; one entry if all is well.
         tasks: task -> accuracy, over the seeds that have the task.
         average: plain mean over the tasks of each seed, over the seeds.
         averaged: the tasks that every averaged seed has; fewer than all of them must be marked.
@@ -60,7 +61,7 @@ class Row:
     method: str
     label: str
     seeds: tuple[int, ...]
-    parameters: tuple[int, ...]
+    parameters: dict[int, int]
     seconds: Summary | None
     memory: dict[str, Summary]
     tasks: dict[str, Summary | None]
@@ -102,7 +103,7 @@ def _row(method: str, label: str, runs: Sequence[Run], protocol: str, tasks: Seq
         method=method,
         label=label,
         seeds=tuple(run.seed for run in runs),
-        parameters=tuple(sorted({training.trainable_parameters for training in trainings})),
+        parameters=dict(sorted(Counter(training.trainable_parameters for training in trainings).items())),
         seconds=summarize(training.seconds for training in trainings),
         memory={kind: summarize(peaks) for kind, peaks in sorted(memory.items())},
         tasks={task: summarize(result[task].value for result in results if task in result) for task in tasks},

@@ -15,7 +15,7 @@ from moslora_core.record import Evaluation, RunRecord, Training, find_runs, read
 REFERENCES = ("majority", "none", "base")
 
 _SEED = re.compile(r"seed-(\d+)")
-_PROTOCOL = re.compile(r"\w[\w.,=+:@-]*")  # it names a folder of the report
+_PROTOCOL = re.compile(r"\w[\w.,=+:@-]*", re.ASCII)  # it names a folder of the report
 
 
 @dataclass(frozen=True)

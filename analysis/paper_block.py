@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .paper import PROVENANCES, Claim, PaperTable
+from .paper import PROVENANCE_MARKS, Claim, PaperTable
 from .tables import MISSING, Block, Grid
 
 
@@ -20,7 +20,7 @@ def paper_block(paper: PaperTable, sources: dict[str, str]) -> Block:
         facts=["Printed by the paper at its own scale and not measured here. A dash is a number that was not found."],
         notes=[
             *_legend(paper, sources),
-            *(f"{note.text} {PROVENANCES[note.provenance].mark}" for note in paper.notes),
+            *(f"{note.text} {note.mark}" for note in paper.notes),
         ],
     )
 
@@ -53,15 +53,12 @@ def _claim_text(claim: Claim) -> str:
 
 
 def _legend(paper: PaperTable, sources: dict[str, str]) -> list[str]:
-    """A line per provenance in use: its mark, meaning, share of the numbers, and sources."""
+    """A line per provenance in use: its mark, its share of the numbers, its sources."""
     claims = paper.claims()
     lines = []
-    for name, provenance in PROVENANCES.items():
-        used = sorted({entry.source for entry in (*claims, *paper.notes) if entry.provenance == name})
-        if used:
+    for name, mark in PROVENANCE_MARKS.items():
+        if used := sorted({entry.source for entry in (*claims, *paper.notes) if entry.provenance == name}):
             count = sum(claim.provenance == name for claim in claims)
-            named = "; ".join(f"{source}: {sources[source]}" for source in used)
-            lines.append(
-                f"{provenance.mark} {name} ({count} of {len(claims)} numbers): {provenance.meaning} ({named})."
-            )
+            named = "; ".join(f"{sources[source]} [{source}]" for source in used)
+            lines.append(f"{mark} {name} ({count} of {len(claims)} numbers): {named}.")
     return lines

@@ -19,6 +19,7 @@ from moslora_core.record import write_atomic
 from . import table4
 from .load import LeftOut, Run, load_runs
 from .paper import PaperNumbers, load_paper_numbers
+from .tables import bullets
 
 Build = Callable[[Sequence[Run], Sequence[LeftOut], PaperNumbers], list[table4.Document]]
 
@@ -51,8 +52,9 @@ def write_report(
             sections.append(_only_left_out(experiment, untabled, left_out))
     if not sections:
         what = f"{' or '.join(experiments)}{f' at scale {scale}' if scale else ''}"
-        command = f"python -m {experiments[0]}.train scale={scale or 'smoke'} method=moslora seed=1"
-        raise UserError(f"no runs of {what} under {runs_dir}; make the first with: {command}")
+        overrides = f"scale={scale or 'smoke'} method=moslora seed=1"
+        commands = " && ".join(f"python -m {experiments[0]}.{stage} {overrides}" for stage in ("train", "evaluate"))
+        raise UserError(f"no runs of {what} under {runs_dir}; make the first with: {commands}")
     text = "\n".join(["# Report\n", *sections])
     path = out / "report.md"
     write_atomic(path, text)
@@ -60,7 +62,7 @@ def write_report(
 
 
 def _only_left_out(experiment: str, scale: str, left_out: Sequence[LeftOut]) -> str:
-    entries = "".join(f"- {entry.path}: {entry.reason}\n" for entry in left_out if entry.scale == scale)
+    entries = bullets(f"{entry.path}: {entry.reason}" for entry in left_out if entry.scale == scale)
     return f"## {experiment}: scale {scale}\n\nNo run can be used. Left out:\n\n{entries}"
 
 

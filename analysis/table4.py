@@ -149,7 +149,7 @@ def _lines(rows: Sequence[Row], columns: _Columns) -> list[dict[str, object]]:
     """One mapping a number, unrounded; shares in percent, as the tables show them."""
     lines = []
     for row in rows:
-        numbers = [("parameters", "parameters", Summary(count, None, len(row.seeds)), 1) for count in row.parameters]
+        numbers = [("parameters", "parameters", Summary(count, None, n), 1) for count, n in row.parameters.items()]
         numbers += [("seconds", "seconds", row.seconds, 1)]
         numbers += [(f"memory_{kind}", "GiB", row.memory.get(kind), 1 / GIB) for kind in columns.memory]
         numbers += [(task, "percent", row.tasks[task], 100) for task in columns.tasks]

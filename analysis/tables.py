@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .aggregate import Summary
+from .paper import PROVENANCE_MARKS
 
 MISSING = "-"
 ONE_SEED = "†"
@@ -72,11 +73,11 @@ class Page:
 
 def markdown_page(page: Page) -> str:
     ours, theirs = page.measured, page.paper
-    parts = [f"## {_plain(ours.title)}\n", _bullets(ours.facts), markdown_table(ours.grid), _bullets(ours.notes)]
+    parts = [f"## {_plain(ours.title)}\n", bullets(ours.facts), markdown_table(ours.grid), bullets(ours.notes)]
     if page.left_out:
-        parts += ["Left out:\n", _bullets(page.left_out)]
-    parts += [f"### {_plain(theirs.title)}\n", _bullets(theirs.facts), markdown_table(theirs.grid)]
-    return "\n".join(part for part in [*parts, _bullets(theirs.notes)] if part)
+        parts += ["Left out:\n", bullets(page.left_out)]
+    parts += [f"### {_plain(theirs.title)}\n", bullets(theirs.facts), markdown_table(theirs.grid)]
+    return "\n".join(part for part in [*parts, bullets(theirs.notes)] if part)
 
 
 def latex_page(page: Page) -> str:
@@ -89,14 +90,15 @@ def latex_page(page: Page) -> str:
     return "\n".join([*lines, _paragraphs(theirs.notes), r"\end{table*}", ""])
 
 
-def _bullets(lines: Iterable[str]) -> str:
+def bullets(lines: Iterable[str]) -> str:
+    """A Markdown list of plain texts."""
     return "".join(f"- {_plain(line)}\n" for line in lines)
 
 
 def _plain(text: str) -> str:
     """Keeps Markdown from reading markup into names and messages, such as ``two_subspaces`` or ``<module>``."""
-    # An underscore inside a word is none to Markdown; escaping it would only spoil the plain text.
-    return re.sub(r"([\\|*`<\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+    # An underscore inside a word or a "<" before a digit is no markup: escaping it would only spoil the plain text.
+    return re.sub(r"([\\|*`\[\]]|<(?=[A-Za-z/!?])|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
 
 
 def _paragraphs(lines: Iterable[str]) -> str:
@@ -135,7 +137,7 @@ _LATEX = {
     "±": r"$\pm$",
     "†": r"$^{\dagger}$",
     "‡": r"$^{\ddagger}$",
-    **{mark: rf"$^{{\mathrm{{{letter}}}}}$" for mark, letter in zip("ᵖˢᶜᵈʳ", "pscdr", strict=True)},
+    **{mark: rf"$^{{\mathrm{{{name[0].lower()}}}}}$" for name, mark in PROVENANCE_MARKS.items()},
 }
 
 
