@@ -1,0 +1,170 @@
+"""Saved adapter folders as plain files: read and written without PEFT, a base model or a model of any kind.
+
+A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``. Reading executes nothing from the folder: the
+configuration is JSON, the weights are safetensors, and a pickled ``adapter_model.bin`` is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .errors import UserError
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+CARD_NAME = "README.md"
+PREFIX = "base_model.model."
+
+
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """``adapter_config.json`` of a saved adapter as a dictionary.
+
+    Raises:
+        UserError: the folder or the file is missing, unreadable, or no JSON object.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected a saved adapter")
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise UserError(f"{folder}: has no {CONFIG_NAME}; expected a saved adapter")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({_first_line(error)})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds a JSON {type(config).__name__}; expected an object")
+    return config
+
+
+def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Tensors of one safetensors file, on the CPU.
+
+    Raises:
+        UserError: the file is missing, truncated, or something else than safetensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected an adapter's weights in safetensors format")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a complete safetensors file ({_first_line(error)})") from None
+
+
+def read_weights(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Tensors of ``adapter_model.safetensors`` in a saved adapter.
+
+    Raises:
+        UserError: there is none, it is damaged, or there is only a pickle.
+    """
+    folder = Path(folder)
+    if not (folder / WEIGHTS_NAME).is_file() and (folder / PICKLE_NAME).is_file():
+        raise UserError(f"{folder}: holds {PICKLE_NAME}, a pickle, which is not read; expected {WEIGHTS_NAME}")
+    return read_safetensors(folder / WEIGHTS_NAME)
+
+
+def check_output(folder: str | os.PathLike) -> Path:
+    """The path of a folder that can be written: absent, or empty.
+
+    Raises:
+        UserError: it holds something, is a file, or lies where nothing can be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; expected the name of a folder to write")
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder}: exists and is not empty; expected a new or empty folder")
+        existing = next(parent for parent in folder.absolute().parents if parent.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"{folder}: cannot be written; {existing} is not a writable folder")
+    except PermissionError as error:
+        raise UserError(f"{folder}: cannot be written ({_first_line(error)})") from None
+    return folder
+
+
+def write_adapter(
+    folder: str | os.PathLike,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    card_from: str | os.PathLike | None = None,
+) -> Path:
+    """Writes a saved adapter in one step: readers see all of the folder or none of it.
+
+    The files go to a temporary sibling folder, which is then renamed; a failure leaves nothing behind.
+
+    Args:
+        config: content of ``adapter_config.json``; sets are written as sorted lists.
+        card_from: folder whose model card (``README.md``), if there is one, is copied.
+
+    Raises:
+        UserError: the folder exists and is not empty, or cannot be written.
+    """
+    folder = check_output(folder)
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Not mkdtemp, which makes private folders: a finished adapter has the permissions of any other new folder.
+        temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+        temporary.mkdir()
+        # safetensors refuses tensors that share memory (tied weights), so that each gets its own.
+        contents = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(contents, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        text = json.dumps(config, indent=2, sort_keys=True, default=_jsonable)
+        (temporary / CONFIG_NAME).write_text(text, encoding="utf-8")
+        if card_from is not None and (card := Path(card_from) / CARD_NAME).is_file():
+            shutil.copyfile(card, temporary / CARD_NAME)
+        # Renaming onto an empty folder replaces it; onto one that filled up meanwhile it fails.
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({_first_line(error)})") from None
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def pattern_value(pattern: Mapping[str, Any] | None, default: Any, module: str) -> Any:
+    """Value that a rank or alpha pattern gives a module, by PEFT's rule.
+
+    The first key that, as a regular expression, matches the module's full name or a tail of it after a dot decides.
+
+    Args:
+        module: name in the base model, such as ``model.layers.0.self_attn.q_proj``.
+    """
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """Factor on B @ A: alpha / r, or alpha / sqrt(r) under rank-stabilised LoRA, with the module's own alpha."""
+    alpha = pattern_value(config.get("alpha_pattern"), config.get("lora_alpha"), module)
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        raise UserError(f"{CONFIG_NAME}: lora_alpha of {module} is {alpha!r}; expected a number")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    raise TypeError(f"{type(value).__name__} in an adapter's configuration has no JSON form")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
