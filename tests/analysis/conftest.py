@@ -1,0 +1,65 @@
+"""Run records written through the record's own writer, with chosen numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moslora_core.record import Evaluation, Results, RunRecord, TaskResult, Training, write_json
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Runs:
+    """A folder of runs. ``add`` writes one finished run; ``accuracies`` maps tasks, or gives all of them one value."""
+
+    tasks = ("ARC-Easy", "openbookqa", "social_i_qa", "ARC-Challenge", "winogrande", "piqa", "boolq", "hellaswag")
+    titles = ("ARC-e", "OBQA", "SIQA", "ARC-c", "WinoG", "PIQA", "BoolQ", "HellaS")
+    commit = COMMIT
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def add(
+        self,
+        method: str = "moslora",
+        seed: int | str = 1,
+        label: str = "default",
+        *,
+        accuracies: dict[str, float] | float = 0.5,
+        protocol: str | tuple[str, ...] = "corrected",
+        scale: str = "smoke",
+        experiment: str = "commonsense_reasoning",
+        items: dict[str, int] | int = 100,
+        unparsed: float | None = None,
+        metric: str = "accuracy",
+        settings: dict | None = None,
+        training: Training | str | None = "default",
+        seconds: float = 10.0,
+        parameters: int = 12_288,
+        memory: tuple[int, str] = (2**29, "rss"),
+        commit: str | None = COMMIT,
+    ) -> RunRecord:
+        record = RunRecord.locate(self.root, experiment, scale, method, label, seed)
+        if not isinstance(accuracies, dict):
+            accuracies = dict.fromkeys(self.tasks, accuracies)
+        count = items if isinstance(items, dict) else dict.fromkeys(accuracies, items)
+        tasks = {
+            task: TaskResult(metric, value, count[task], stderr=0.01, unparsed=unparsed)
+            for task, value in accuracies.items()
+        }
+        if training == "default":
+            training = Training(seconds, 50, *memory, parameters, 1_000_000, final_loss=1.0)
+        protocols = (protocol,) if isinstance(protocol, str) else protocol
+        evaluations = {name: Evaluation(name, tasks, 3.0, settings or {}) for name in protocols}
+        record.write_results(Results(training, evaluations))
+        if commit:
+            write_json(record.path / "environment.json", {"train": {"git_commit": commit}})
+        record.set_status("finished", "evaluate")
+        return record
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Runs:
+    return Runs(tmp_path / "runs")
