@@ -7,6 +7,7 @@ The same runs give the same bytes.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -88,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without ± or † shows their codes, not a traceback
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout.write(f"{text}\nreport: {os.fspath(path)}\n")
     return 0
 

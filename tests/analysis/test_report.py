@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -37,10 +38,18 @@ def test_same_runs_same_bytes(runs, tmp_path):
     runs.add("dora").set_status("failed", "train")
     assert call(runs, tmp_path / "one") == 0
     command = [sys.executable, "-m", "analysis.report", "--runs", str(runs.root), "--out", str(tmp_path / "two")]
-    process = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=None)
+    process = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert process.returncode == 0, process.stderr
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert str(tmp_path) not in (tmp_path / "one" / "report.md").read_text("utf-8")
+
+
+def test_a_terminal_without_unicode_gets_the_report(runs, tmp_path):
+    runs.add("lora")
+    command = [sys.executable, "-m", "analysis.report", "--runs", str(runs.root), "--out", str(tmp_path / "out")]
+    process = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert process.returncode == 0, process.stderr
+    assert rb"1\u2020" in process.stdout
 
 
 def test_a_scale_can_be_chosen(runs, tmp_path):
