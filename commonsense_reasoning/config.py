@@ -1,0 +1,167 @@
+"""Configuration schema of the commonsense experiment; values live in ``conf/``. An unknown key is refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from moslora_core.methods import AdapterConfig, MethodConfig
+
+from .tasks import TASKS
+
+EXPERIMENT = "commonsense_reasoning"
+CONF_MODULE = f"{EXPERIMENT}.conf"
+# Keys that change how a run is evaluated, not which run it is.
+NOT_IN_LABEL = ("evaluation.", "data.dir", "data.source", "data.path", "model.cache_dir")
+
+
+@dataclass
+class ScaleConfig:
+    name: str = MISSING
+
+
+@dataclass
+class ProtocolConfig:
+    """Where the published protocol differs from a correct one (see ``conf/protocol``).
+
+    Attributes:
+        name: paper | corrected; picks the prompts of training and evaluation.
+        loss_on_prompt: train on the prompt's tokens too.
+        num_beams: beams of the ``generate`` evaluation.
+        max_new_tokens: length limit of the ``generate`` evaluation.
+    """
+
+    name: str = MISSING
+    loss_on_prompt: bool = MISSING
+    num_beams: int = MISSING
+    max_new_tokens: int = MISSING
+
+
+@dataclass
+class ModelConfig:
+    """The base model.
+
+    Attributes:
+        path: local folder, hub id, or ``package:<module>[/<folder>]`` for weights inside an installed package.
+        gguf_file: file name of GGUF weights below ``path``; converted once into ``cache_dir``.
+        architecture: a transformers configuration as a dictionary, with which a dry run needs no download.
+        dtype: dtype of the frozen weights: auto | float32 | bfloat16 | float16.
+        quantization: none | nf4 | int8 (bitsandbytes).
+    """
+
+    path: str = MISSING
+    revision: str | None = None
+    gguf_file: str | None = None
+    cache_dir: str = "models"
+    architecture: dict[str, Any] | None = None
+    dtype: str = "float32"
+    quantization: str = "none"
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass
+class DataConfig:
+    """Where the items come from and which of them are used.
+
+    Attributes:
+        dir: folder that prepare_data writes and the other commands read.
+        source: smoke (generated) | folder | hub.
+        path: folder of LLM-Adapters JSON files, or hub id, for the two latter sources.
+        train_files: files below ``path``, in the order in which they are joined.
+        test_file: file of a task's test items below ``path``; ``{task}`` stands for the task's name.
+        tasks: the benchmarks to prepare, train's composition aside.
+        train_items: number of training items drawn at random (seeded by ``subset_seed``) from the files; null for all.
+        test_items: the first that many test items of each task; null for all.
+        validation_items: items held out of training, drawn with ``validation_seed``.
+        cutoff: longest training sequence in tokens.
+        published_sizes: require the published sizes of the test sets.
+    """
+
+    dir: str = MISSING
+    source: str = MISSING
+    path: str | None = None
+    train_files: list[str] = field(default_factory=lambda: ["commonsense_170k.json"])
+    test_file: str = "{task}/test.json"
+    tasks: list[str] = field(default_factory=lambda: list(TASKS))
+    train_items: int | None = None
+    test_items: int | None = None
+    subset_seed: int = 0
+    validation_items: int = 0
+    validation_seed: int = 42
+    cutoff: int = 256
+    published_sizes: bool = False
+
+
+@dataclass
+class TrainingConfig:
+    """Hyperparameters of the training.
+
+    Attributes:
+        global_batch_size: sequences per optimiser step over all devices; accumulation is derived and must divide.
+        max_steps: optimiser steps; null trains for ``epochs``.
+        precision: fp32 | bf16 | fp16 autocast, or auto: bf16 on GPUs that have it, fp32 elsewhere.
+        eval_steps: steps between validations; null for none.
+        save_steps: steps between resumable checkpoints; null for none.
+        load_best: keep the checkpoint of lowest validation loss instead of the last.
+        deepspeed: a DeepSpeed configuration file, or a name below ``conf/deepspeed``.
+    """
+
+    learning_rate: float = MISSING
+    lr_scheduler: str = "linear"
+    warmup_steps: int = 0
+    epochs: float = 1.0
+    max_steps: int | None = None
+    global_batch_size: int = MISSING
+    per_device_batch_size: int = MISSING
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    optimizer: str = "adamw_torch"
+    precision: str = "auto"
+    group_by_length: bool = True
+    logging_steps: int = 10
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    save_total_limit: int = 3
+    load_best: bool = False
+    tensorboard: bool = False
+    deepspeed: str | None = None
+
+
+@dataclass
+class EvaluationConfig:
+    """How a trained adapter is evaluated.
+
+    Attributes:
+        mode: generate | loglikelihood | harness (lm-eval's own tasks; needs the hub).
+        tasks: subset of ``data.tasks``; null for all.
+        limit: first that many items of each task; null for all.
+        chunk: items between two saves of a running evaluation.
+    """
+
+    mode: str = "generate"
+    batch_size: int = 16
+    tasks: list[str] | None = None
+    limit: int | None = None
+    chunk: int = 256
+
+
+@dataclass
+class Config:
+    """One run. ``on_finished`` says what to do with a finished run: refuse | skip | overwrite."""
+
+    method: MethodConfig = MISSING
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+    runs_dir: str = "runs"
+    run_name: str | None = None
+    on_finished: str = "refuse"
+    dry_run: bool = False

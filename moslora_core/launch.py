@@ -1,0 +1,137 @@
+"""Command lines of the experiments: Hydra's configuration, one-line errors, the place of a run.
+
+``run(main, ...)`` is the whole of an experiment's ``__main__``. Hydra composes and sweeps; what is added here is that a
+mistake of the user ends in one line on stderr and exit status 2, and that ``--dry-run`` reads as ``dry_run=true``.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .errors import UserError
+from .methods import METHODS
+from .record import override_label
+
+# Overrides that say where or how a run is executed, or that have a folder level of their own: not part of its name.
+_NOT_IN_LABEL = ("method", "scale", "seed", "runs_dir", "dry_run", "on_finished", "run_name")
+
+
+def register(schema: type) -> None:
+    """Registers an experiment's dataclass schema and the shared ``method`` group with Hydra."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=schema)
+    for name, method in METHODS.items():
+        store.store(group="method", name=name, node=method)
+
+
+def run(
+    main: Callable[[Any], None],
+    schema: type,
+    config_module: str,
+    *,
+    not_in_label: Sequence[str] = (),
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Composes ``config_module``'s ``config`` from the command line and calls ``main`` with a ``schema`` instance.
+
+    Args:
+        not_in_label: prefixes of keys that do not name a run, such as ``evaluation.``.
+
+    Exits with status 2 after one line on stderr for a :class:`UserError` or a wrong key, value or option.
+    """
+    arguments = [_flag(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    sys.argv[1:] = arguments
+    register(schema)
+    if _composes(arguments):
+        _check(config_module, arguments)
+
+    def task(config: DictConfig) -> None:
+        # Hydra's console handler hides nothing, but third-party loggers at INFO drown the progress of a run.
+        for name in ("httpx", "datasets", "filelock", "lm_eval", "absl"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        try:
+            if config.run_name is None:
+                config.run_name = _label(HydraConfig.get().overrides.task, not_in_label)
+            main(instantiate(schema, config))
+        except UserError as error:
+            fail(error)
+
+    hydra.main(version_base="1.3", config_path=f"pkg://{config_module}", config_name="config")(task)()
+
+
+def instantiate(schema: type, config: DictConfig) -> Any:
+    """``config`` as an instance of ``schema``; a key or type that the schema lacks is a UserError."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
+    except OmegaConfBaseException as error:
+        raise UserError(_one_line(error)) from None
+
+
+def fail(error: UserError) -> None:
+    """Ends the process as every command of the project ends on bad input."""
+    sys.stderr.write(f"error: {error}\n")
+    raise SystemExit(2)
+
+
+def dump(config: Any) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def _flag(argument: str) -> str:
+    return "dry_run=true" if argument == "--dry-run" else argument
+
+
+def _composes(arguments: Iterable[str]) -> bool:
+    """Whether the arguments are plain overrides of one run; sweeps and Hydra's own options are Hydra's to check."""
+    return all("=" in argument and not argument.startswith("-") for argument in arguments)
+
+
+def _check(config_module: str, overrides: list[str]) -> None:
+    """Composes once to turn Hydra's multi-line report of a bad override into one line."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module(config_module, version_base="1.3"):
+            compose("config", overrides=[o for o in overrides if not o.startswith("hydra")])
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(UserError(_one_line(error)))
+
+
+def _one_line(error: Exception) -> str:
+    """Hydra's and OmegaConf's messages in a line, with the cause that names the key in front."""
+    cause = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines += [line.strip() for line in str(cause).splitlines()] if cause is not None else []
+    dropped = (
+        "full_key:",
+        "object_type=",
+        "reference_type=",
+        "Set the environment",
+        "Config search path",
+        "provider=",
+    )
+    seen: dict[str, None] = {}
+    for line in lines:
+        if line and not line.startswith(dropped):
+            seen.setdefault(line.replace("\t", " "))
+    return "; ".join(seen)
+
+
+def _label(overrides: Iterable[str], not_in_label: Sequence[str]) -> str:
+    def named(override: str) -> bool:
+        key = override.lstrip("+~").split("=", 1)[0].split("@", 1)[0]
+        return key not in _NOT_IN_LABEL and not key.startswith(("hydra", *not_in_label))
+
+    return override_label(override for override in overrides if named(override))

@@ -1,0 +1,171 @@
+"""The compared methods, defined once for all experiments: names of the ``method=`` group and how each is attached.
+
+PEFT's own tuners serve as baselines; what is defined here is only which of their settings a name stands for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+
+from .config import MoSLoraConfig
+from .errors import UserError
+from .fold import fold_into_init
+
+# Kaiming uniform (a = sqrt 5) on an r x r matrix draws U(-1/sqrt r, 1/sqrt r): E[M^T M] = I / 3, so that
+# |M A| is about |A| / sqrt 3. A LoRA scaled by this factor is the step-size control for the mixer's initialisation.
+KAIMING_SCALE = 0.577
+
+
+@dataclass
+class MethodConfig:
+    """One entry of the ``method`` configuration group.
+
+    Attributes:
+        name: name in run folders and tables.
+        tuner: PEFT tuner: lora (with or without a mixer), adalora, lokr, loha.
+        mixer: learned | frozen | identity | two_subspaces; identity is plain LoRA (Eq 7 with W = I).
+        mixer_init: kaiming_uniform | orthogonal | gaussian | identity | zero.
+        fold_into_init: start a plain LoRA from A0 := M0 A0 (control: is the mixer only another start?).
+        alpha_scale: factor on lora_alpha.
+        init_lora_weights: PEFT's initialisation of A and B; "default" is Kaiming uniform and zero.
+        lora_plus_ratio: learning rate of B over that of A (LoRA+); None trains both at one rate.
+    """
+
+    name: str = "lora"
+    tuner: str = "lora"
+    mixer: str = "identity"
+    mixer_init: str = "kaiming_uniform"
+    fold_into_init: bool = False
+    alpha_scale: float = 1.0
+    init_lora_weights: str = "default"
+    use_dora: bool = False
+    use_rslora: bool = False
+    lora_plus_ratio: float | None = None
+
+
+METHODS: dict[str, MethodConfig] = {
+    method.name: method
+    for method in (
+        MethodConfig("lora"),
+        MethodConfig("lora_scaled", alpha_scale=KAIMING_SCALE),
+        MethodConfig("two_subspaces", mixer="two_subspaces"),
+        MethodConfig("moslora", mixer="learned"),
+        MethodConfig("moslora_frozen", mixer="frozen"),
+        MethodConfig("moslora_folded", mixer="learned", fold_into_init=True),
+        MethodConfig("dora", use_dora=True),
+        MethodConfig("rslora", use_rslora=True),
+        MethodConfig("pissa", init_lora_weights="pissa"),
+        MethodConfig("lora_plus", lora_plus_ratio=16.0),
+        MethodConfig("adalora", tuner="adalora"),
+        MethodConfig("lokr", tuner="lokr"),
+        MethodConfig("loha", tuner="loha"),
+    )
+}
+
+
+@dataclass
+class AdapterConfig:
+    """Size and place of the adapter, equal for every method.
+
+    Attributes:
+        target_modules: module names, or one regular expression in a list of its own.
+        rank_pattern: module name pattern -> rank, where it differs from ``r``.
+    """
+
+    r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+
+
+def peft_config(
+    method: MethodConfig, adapter: AdapterConfig, *, seed: int, total_steps: int, task_type: str | None = "CAUSAL_LM"
+) -> PeftConfig:
+    """PEFT configuration of a method.
+
+    Args:
+        seed: draws the mixers, apart from torch's global generator, so that A starts equal in all methods of a seed.
+        total_steps: optimiser steps of the training; AdaLoRA's budget schedule needs them.
+
+    Raises:
+        UserError: an impossible rank, alpha or dropout, an unknown tuner, or a setting that the tuner lacks.
+    """
+    if adapter.r < 1:
+        raise UserError(f"adapter.r must be a positive rank, found {adapter.r}")
+    if not 0 <= adapter.lora_dropout < 1:
+        raise UserError(f"adapter.lora_dropout must be in [0, 1), found {adapter.lora_dropout}")
+    if not adapter.target_modules:
+        raise UserError("adapter.target_modules is empty; name at least one module")
+    alpha = adapter.lora_alpha * method.alpha_scale
+    common = {"r": adapter.r, "target_modules": list(adapter.target_modules), "task_type": task_type}
+    lora = {**common, "lora_alpha": alpha, "lora_dropout": adapter.lora_dropout}
+    patterns = {"rank_pattern": dict(adapter.rank_pattern), "alpha_pattern": dict(adapter.alpha_pattern)}
+    if method.tuner != "lora":
+        _refuse_lora_settings(method)
+    try:
+        if method.tuner == "lora":
+            lora |= patterns | {"use_dora": method.use_dora, "use_rslora": method.use_rslora}
+            if method.init_lora_weights != "default":
+                lora["init_lora_weights"] = method.init_lora_weights
+            if method.mixer == "identity":
+                return LoraConfig(**lora)
+            return MoSLoraConfig(**lora, mixer=method.mixer, mixer_init=method.mixer_init, mixer_seed=seed)
+        if method.tuner == "adalora":
+            return _adalora(lora, total_steps)
+        # PEFT's LoHa and LoKr call alpha and dropout by their own names; dropout is on the rank, not on the input.
+        own = common | patterns | {"alpha": alpha, "rank_dropout": adapter.lora_dropout}
+        if method.tuner == "loha":
+            return LoHaConfig(**own)
+        if method.tuner == "lokr":
+            return LoKrConfig(**own)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"method={method.name}: {error}") from None
+    raise UserError(f"method.tuner must be one of lora, adalora, lokr, loha, found {method.tuner!r}")
+
+
+def _refuse_lora_settings(method: MethodConfig) -> None:
+    default = MethodConfig()
+    for entry in fields(MethodConfig):
+        if entry.name in ("name", "tuner", "alpha_scale"):
+            continue
+        if (found := getattr(method, entry.name)) != getattr(default, entry.name):
+            raise UserError(f"method.{entry.name}={found} is a setting of LoRA; method.tuner={method.tuner} has none")
+
+
+def _adalora(lora: dict, total_steps: int) -> AdaLoraConfig:
+    """AdaLoRA starts at 1.5 r and prunes to r between a tenth and a half of the training, as its paper suggests."""
+    rank = lora.pop("r")
+    if total_steps < 10:
+        raise UserError(
+            f"method=adalora needs at least 10 optimiser steps for its budget schedule, found {total_steps}"
+        )
+    return AdaLoraConfig(
+        **lora,
+        init_r=max(rank + 1, round(1.5 * rank)),
+        target_r=rank,
+        tinit=total_steps // 10,
+        tfinal=total_steps // 2,
+        deltaT=max(1, total_steps // 100),
+        total_step=total_steps,
+    )
+
+
+def attach(model: nn.Module, method: MethodConfig, config: PeftConfig) -> PeftModel:
+    """Attaches the adapter of ``method`` to ``model`` in place.
+
+    Raises:
+        UserError: if the model has none of the target modules, or PEFT refuses the combination.
+    """
+    try:
+        if method.fold_into_init:
+            return fold_into_init(model, config)
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"method={method.name}: {str(error).splitlines()[0]}") from None
