@@ -334,7 +334,7 @@ def test_factors_of_a_grouped_convolution_are_the_map_that_it_applies(plain):
 
 def test_a_named_adapter_is_read_and_an_absent_one_refused():
     model = get_peft_model(Net(), MoSLoraConfig(r=2, target_modules=["q"]), adapter_name="first")
-    model.add_adapter("second", LoraConfig(r=3, target_modules=["k"]))
+    model.add_adapter("second", MoSLoraConfig(r=3, target_modules=["k"], mixer="identity"))
     assert list(adapter_factors(model, "first")) == ["q"]
     assert adapter_factors(model, "second")["k"].r == 3
     with pytest.raises(UserError, match=r"no adapter 'default'.*first.*second"):
