@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import pickle
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -116,7 +115,12 @@ def convert_official(
         )
     if unmixed := [module for module in modules if module not in set(mixed)]:
         logger.warning("%d of %d modules have no mixer and get M = I: %s ...", len(unmixed), len(modules), unmixed[0])
-    converted = dict(rest)
+    # PEFT 0.3 replaced a layer where PEFT now wraps it: its trained bias is the wrapped layer's.
+    converted = {
+        f"{owner}.base_layer.bias" if leaf == "bias" and owner in modules else key: tensor
+        for key, tensor in rest.items()
+        for owner, _, leaf in (key.rpartition("."),)
+    }
     for module, parts in modules.items():
         converted.update(_convert_module(config, module, parts))
     return _convert_config(config, list(modules)), converted
@@ -146,7 +150,8 @@ def load_official(
     for keys, what in ((result.unexpected_keys, "the model has no"), (missing, "the adapter has no")):
         if keys:
             raise UserError(f"{path}: does not fit the model; {what} {keys[0]} ({len(keys)} such keys)")
-    return adapted
+    # As PEFT's from_pretrained: what is loaded to be used has no dropout.
+    return adapted if is_trainable else adapted.eval()
 
 
 def convert_folder(in_dir: str | os.PathLike, out_dir: str | os.PathLike) -> Path:
@@ -174,9 +179,9 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{folder}: has neither {WEIGHTS_NAME} nor {PICKLE_NAME}; expected an adapter's weights")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle fails in whatever way its first wrong byte leads to
         # Torch's explanation advises to switch the safe mode off; what the file did wrong stands at its end.
-        refused = re.search(r"Unsupported (?:global|class|operand)[^.]*|GLOBAL \S+", str(error))
+        refused = re.search(r"Unsupported (?:global|class|operand)[^.\n]*|GLOBAL \S+", str(error))
         reason = refused[0] if refused else "damaged, or not written by torch.save"
         raise UserError(f"{path}: not a plain pickle of tensors ({reason}); it was not executed") from None
     if not isinstance(tensors, Mapping) or not all(
