@@ -7,6 +7,7 @@ import math
 import time
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
@@ -177,6 +178,34 @@ def test_memory_follows_the_documented_formula():
     assert eager.activations - memory.activations == 10 * 3 * 2 * (2 * 2 * 5)
     dropout = estimate_memory(COUNT, decoder=SHAPE, batch=2, sequence=5, dropout=0.1)
     assert dropout.activations - memory.activations == 10 * 3 * (2 + 1) * 20
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_activation_formula_is_near_what_autograd_keeps(attention, dropout):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    wide = {k: v for k, v in TINY.items() if k != "model_type"} | {"hidden_size": 64, "intermediate_size": 160}
+    config = LlamaConfig(**wide, attn_implementation=attention)
+    adapter = LoraConfig(r=2, target_modules=TARGETS, lora_dropout=dropout)
+    count = count_parameters(config, adapter)
+    model = get_peft_model(LlamaForCausalLM(config), adapter).train()
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def pack(tensor):
+        # The tensor is kept too, so that its address is not given to another one.
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.randint(50, (2, 64))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids)
+    measured = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
+    shape = DecoderShape.from_config(config)
+    setting = {"decoder": shape, "batch": 2, "sequence": 64, "attention": attention, "dropout": dropout}
+    memory = estimate_memory(count, dtype="float32", **setting)
+    assert 0.85 < (memory.activations + memory.logits) / measured < 1.25
 
 
 def test_dtypes_change_weights_and_adapter():
