@@ -191,6 +191,8 @@ def fold_adapter(in_dir: str | os.PathLike, out_dir: str | os.PathLike, *, dtype
 
 def _check_complete(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """A folder whose configuration promises mixers must have one for every adapted module."""
+    known = {entry.name for entry in fields(MoSLoraConfig) if entry.init}
+    settings = MoSLoraConfig(**{name: value for name, value in config.items() if name in known})
     halves = {"lora_A": "lora_B", "lora_B": "lora_A"}
     found = False
     for key in tensors:
@@ -201,13 +203,13 @@ def _check_complete(config: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
             other = f"{parent}.{halves[part]}"
             if f"{other}.raw" not in tensors and f"{other}.weight" not in tensors:
                 raise UserError(f"{key}: its other factor, {other}, is missing")
-            if config.get("mixer") == "identity" or part == "lora_A":
+            if not settings.has_mixer or part == "lora_A":
                 continue
             if f"{module}.raw" not in tensors and f"{other}.raw" not in tensors:
-                raise UserError(f"{key}: has no mixer, though the configuration says mixer={config.get('mixer')}")
+                raise UserError(f"{key}: has no mixer, though the configuration says mixer={settings.mixer}")
         elif leaf == "lora_embedding_B":
             found = True
-            if config.get("mixer") != "identity" and f"{module}.lora_mixer" not in tensors:
+            if settings.has_mixer and f"{module}.lora_mixer" not in tensors:
                 raise UserError(f"{key}: its mixer {module}.lora_mixer is missing")
     if not found:
         raise UserError("weights hold no lora_A, lora_B or lora_embedding_B; expected those of a MoSLoRA adapter")

@@ -72,6 +72,7 @@ VARIANTS = {
     "frozen": {"mixer": "frozen"},
     "two_subspaces": {"mixer": "two_subspaces"},
     "identity": {"mixer": "identity"},
+    "frozen_identity": {"mixer": "frozen", "mixer_init": "identity"},
     "patterns": {"rank_pattern": {"k": 2, "q": 6}, "alpha_pattern": {"q": 3}},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True, "target_modules": ["embed", "q", "k", "conv"]},
@@ -309,6 +310,7 @@ DAMAGE = {
     "already LoRA": (lambda f: edit_config(f, peft_type="LORA"), "plain LoRA adapter already"),
     "another tuner": (lambda f: edit_config(f, peft_type="LOKR"), "peft_type is 'LOKR'; expected MOSLORA"),
     "no tuner": (lambda f: edit_config(f, peft_type=None), "peft_type is None; expected MOSLORA"),
+    "unknown mixer": (lambda f: edit_config(f, mixer="blended"), "mixer='blended' is unknown"),
     "impossible setting": (lambda f: edit_config(f, task_type="COOKING"), "COOKING"),
     "truncated": (
         lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:-7]),
