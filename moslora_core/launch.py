@@ -1,7 +1,7 @@
 """Command lines of the experiments: Hydra's configuration, one-line errors, the place of a run.
 
-``run(main, ...)`` is the whole of an experiment's ``__main__``. Hydra composes and sweeps; what is added here is that a
-mistake of the user ends in one line on stderr and exit status 2, and that ``--dry-run`` reads as ``dry_run=true``.
+``run(main, ...)`` is the whole of an experiment's ``__main__``. Hydra composes and sweeps; what is added here is that
+a mistake of the user ends in one line on stderr and exit status 2, and that ``--dry-run`` reads as ``dry_run=true``.
 """
 
 from __future__ import annotations
