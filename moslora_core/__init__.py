@@ -1,34 +1,24 @@
-"""MoSLoRA (arXiv 2406.11909) as a PEFT method: LoRA with an r x r mixer between A and B.
+"""MoSLoRA, mixture-of-subspaces LoRA (arXiv 2406.11909), as a PEFT method.
 
-    from peft import get_peft_model
-    from moslora_core import MoSLoraConfig
-
-    model = get_peft_model(model, MoSLoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]))
-
-Importing the package registers the method with PEFT, so that ``PeftModel.from_pretrained`` loads such adapters.
+Importing this package registers the method: ``get_peft_model``, ``AutoPeftModel`` and ``model.add_adapter`` then take
+a ``MoSLoraConfig``, and saved adapters of type MOSLORA load.
 """
 
-from . import peft_seam
 from .config import MoSLoraConfig
 from .errors import UserError
+from .mixer import MIXER_INITS, fold_into_a, fold_into_b, init_mixer
 from .model import MoSLoraModel
+from .peft_seam import MOSLORA, register
 
-peft_seam.register(peft_seam.MOSLORA, MoSLoraConfig, MoSLoraModel, prefix="lora_")
-
-from .count import count_parameters, estimate_memory, optimiser_steps  # noqa: E402
-from .fold import fold_adapter, fold_into_init, fold_state_dict, fold_to_lora  # noqa: E402
-from .official import load_official  # noqa: E402
+register(MoSLoraConfig, MoSLoraModel)
 
 __all__ = [
+    "MIXER_INITS",
+    "MOSLORA",
     "MoSLoraConfig",
     "MoSLoraModel",
     "UserError",
-    "count_parameters",
-    "estimate_memory",
-    "fold_adapter",
-    "fold_into_init",
-    "fold_state_dict",
-    "fold_to_lora",
-    "load_official",
-    "optimiser_steps",
+    "fold_into_a",
+    "fold_into_b",
+    "init_mixer",
 ]

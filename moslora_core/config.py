@@ -77,13 +77,13 @@ class MoSLoraConfig(LoraConfig):
         if self.mixer_seed is not None and (not isinstance(self.mixer_seed, int) or self.mixer_seed < 0):
             raise UserError(f"mixer_seed must be a non-negative integer or None, found {self.mixer_seed!r}")
         self._check_mixer()
-        if not self.is_plain:
+        if self.has_mixer:
             self._check_variants()
 
     @property
-    def is_plain(self) -> bool:
-        """Whether this is vanilla LoRA, for which no mixer is stored."""
-        return self.mixer == "identity" or (self.mixer == "frozen" and self.mixer_init == "identity")
+    def has_mixer(self) -> bool:
+        """Whether layers store a mixer; False for what is vanilla LoRA."""
+        return self.mixer != "identity" and not (self.mixer == "frozen" and self.mixer_init == "identity")
 
     @property
     def start(self) -> str:

@@ -1,190 +1,247 @@
-"""Where the mixer lives: inside the B module of a LoRA layer, as part of its weight.
+"""The mixer inside PEFT's LoRA layers.
 
-          x (.., in)
-          |
-      A : (r, in)          PEFT's lora_A, untouched
-          |
-      M : (r, r)           the mixer
-          |                                              weight of lora_B := raw @ mixer = B @ M
-      B : (out, r)         PEFT's lora_B: raw = B
-          |
-      * scaling -> added to the base layer's output
+    x (.., in) --> [ A (r, in) ] --> [ M (r, r) ] --> [ B (out, r) ] --> * scaling --> + W0 x
+                                     `---- one module: lora_B ----'
 
-PEFT reads ``lora_B[adapter].weight`` in the forward pass, in mixed batches, in merging, in DoRA's norm and in export.
-A B module that answers ``weight`` with B @ M therefore is MoSLoRA in all of them, for every layer kind and every
-quantised base whose LoRA layer is built of such modules. (B M) A and B (M A) are the same product; the former costs
-one (out, r) x (r, r) multiplication a call, whatever the batch.
+    delta_W = scaling * B @ M @ A                                                                             (Eq 7)
 
-The parameter is stored as ``raw``: FSDP, ZeRO and offloading look parameters up by name, and must not find a product.
+PEFT computes and merges ``lora_B(lora_A(x))``. Its module ``lora_B[adapter]`` stays, and becomes one that stores B as
+``raw`` and M as ``mixer`` and answers ``weight`` with the product B @ M (out, r). Whatever PEFT does with B then
+includes the mixer: forward, mixed batches, merging, DoRA, quantised bases. The product costs out * r * r operations
+at each use, next to out * r for each of the tokens that go through.
+
+    layer                    state dict
+    linear, convolution      lora_A.weight              lora_B.raw            lora_B.mixer
+    grouped convolution      lora_A.raw                 lora_A.mixer          lora_B.weight
+    embedding                lora_embedding_A           lora_embedding_B      lora_mixer
+
+A grouped convolution's B is (out, r / groups, 1, ..): it has no column for each rank, so that M goes into A. An
+embedding has bare parameters instead of modules; it is the layer that answers with B @ M. The parameter is not called
+``weight``, because a property of the name of a parameter would hide it from FSDP, ZeRO and offloading, which look
+parameters up by name.
+
+A learned mixer is a parameter, a frozen one a persistent buffer: both are saved and loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-from . import peft_seam
-from .mixer import fold_into_a, fold_into_b
+from .config import MoSLoraConfig
+from .errors import UserError
+from .mixer import fold_into_a, fold_into_b, init_mixer, seeded_generator
+from .peft_seam import LORA_LAYERS, REFUSED_LAYERS, Embedding, LoraLayer, MultiheadAttention, layer_kind
+
+# ---------------------------------------------------------------------------------- linear layers and convolutions
 
 
-class _MixedIntoB:
-    """A B module: ``raw`` (out, r, ...), ``mixer`` (r, r), ``weight`` = raw @ mixer."""
+class _Mixed:
+    """A module whose weight is the product of the stored parameter ``raw`` and the mixer."""
 
-    raw: torch.Tensor
-    mixer: torch.Tensor
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return fold_into_b(self.raw, self.mixer)
-
-
-class _MixedIntoA:
-    """An A module: ``raw`` (r, in, ...), ``mixer`` (r, r), ``weight`` = mixer @ raw.
-
-    PEFT gives B the groups of a grouped convolution: each output then sees a slice of the r channels only, and B @ M
-    does not exist. M @ A does, and is the same map.
-    """
-
-    raw: torch.Tensor
-    mixer: torch.Tensor
+    _fold = staticmethod(fold_into_b)
 
     @property
     def weight(self) -> torch.Tensor:
-        return fold_into_a(self.raw, self.mixer)
+        return self._fold(self.raw, self.mixer)
 
 
-class MixedLinear(_MixedIntoB, nn.Linear):
-    pass
+class MixedLinear(_Mixed, nn.Linear):
+    """B of a linear layer: ``raw`` (out, r), ``mixer`` (r, r)."""
 
 
-class MixedConv1d(_MixedIntoB, nn.Conv1d):
-    pass
+class MixedConv1d(_Mixed, nn.Conv1d):
+    """B of a convolution: ``raw`` (out, r, 1), ``mixer`` (r, r)."""
 
 
-class MixedConv2d(_MixedIntoB, nn.Conv2d):
-    pass
+class MixedConv2d(_Mixed, nn.Conv2d):
+    """B of a convolution: ``raw`` (out, r, 1, 1), ``mixer`` (r, r)."""
 
 
-class MixedConv3d(_MixedIntoB, nn.Conv3d):
-    pass
+class MixedConv3d(_Mixed, nn.Conv3d):
+    """B of a convolution: ``raw`` (out, r, 1, 1, 1), ``mixer`` (r, r)."""
 
 
-class MixedIntoAConv1d(_MixedIntoA, nn.Conv1d):
-    pass
+class _MixedIntoA(_Mixed):
+    _fold = staticmethod(fold_into_a)
 
 
-class MixedIntoAConv2d(_MixedIntoA, nn.Conv2d):
-    pass
+class MixedConv1dA(_MixedIntoA, nn.Conv1d):
+    """A of a grouped convolution: ``raw`` (r, in, k), ``mixer`` (r, r)."""
 
 
-class MixedIntoAConv3d(_MixedIntoA, nn.Conv3d):
-    pass
+class MixedConv2dA(_MixedIntoA, nn.Conv2d):
+    """A of a grouped convolution: ``raw`` (r, in, k, k), ``mixer`` (r, r)."""
 
 
-INTO_B = {nn.Linear: MixedLinear, nn.Conv1d: MixedConv1d, nn.Conv2d: MixedConv2d, nn.Conv3d: MixedConv3d}
-INTO_A = {nn.Conv1d: MixedIntoAConv1d, nn.Conv2d: MixedIntoAConv2d, nn.Conv3d: MixedIntoAConv3d}
+class MixedConv3dA(_MixedIntoA, nn.Conv3d):
+    """A of a grouped convolution: ``raw`` (r, in, k, k, k), ``mixer`` (r, r)."""
 
 
-class EmbeddingMixers(nn.Module):
-    """The mixers of an embedding layer by adapter name: parameters when learned, persistent buffers when fixed.
+_MIXED_B = {nn.Linear: MixedLinear, nn.Conv1d: MixedConv1d, nn.Conv2d: MixedConv2d, nn.Conv3d: MixedConv3d}
+_MIXED_A = {nn.Conv1d: MixedConv1dA, nn.Conv2d: MixedConv2dA, nn.Conv3d: MixedConv3dA}
 
-    PEFT's bookkeeping (activation, deletion) walks over ``items``; only learned mixers may be switched trainable.
+
+# ------------------------------------------------------------------------------------------------------- embeddings
+
+
+class MixerDict(nn.ParameterDict):
+    """Mixers (r, r) by adapter: learned ones are parameters, frozen ones persistent buffers.
+
+    PEFT turns the gradients of ``items()`` on and off with the adapter, so that frozen mixers are not among them;
+    they are looked up, saved, moved and deleted like the others.
     """
 
-    def add(self, adapter_name: str, mixer: torch.Tensor, learned: bool, requires_grad: bool) -> None:
-        if learned:
-            self.register_parameter(adapter_name, nn.Parameter(mixer, requires_grad=requires_grad))
+    def set_frozen(self, name: str, M: torch.Tensor) -> None:
+        if name in self:
+            del self[name]
+        self.register_buffer(name, M)
+        self._keys[name] = None
+
+    def __setitem__(self, name: str, M: Any) -> None:
+        if name in self._buffers:
+            self._buffers[name] = M
         else:
-            self.register_buffer(adapter_name, mixer)
+            super().__setitem__(name, M)
 
-    def __contains__(self, adapter_name: str) -> bool:
-        return adapter_name in self._parameters or adapter_name in self._buffers
+    def items(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, self[name]) for name in self if name in self._parameters)
 
-    def __getitem__(self, adapter_name: str) -> torch.Tensor:
-        return getattr(self, adapter_name)
-
-    def __delitem__(self, adapter_name: str) -> None:
-        delattr(self, adapter_name)
-
-    def keys(self):
-        return [*self._parameters, *self._buffers]
-
-    def items(self):
-        return self._parameters.items()
+    def values(self) -> Iterator[nn.Parameter]:
+        return (M for _, M in self.items())
 
 
-class MixedEmbedding(peft_seam.Embedding):
-    """PEFT's LoRA embedding whose ``lora_embedding_B`` (out, r) is read as B @ M wherever it is computed with."""
+class _WithProduct:
+    """An embedding layer as PEFT's methods should see it: ``lora_embedding_B`` holds B @ M, the rest is the layer's.
 
-    lora_mixer: EmbeddingMixers
+    A view rather than a change of the layer while a method runs, which a second thread would run into.
+    """
 
-    @contextmanager
-    def folded(self) -> Iterator[None]:
-        """Within it, ``lora_embedding_B`` holds B @ M for the adapters that have a mixer."""
-        outer = self.__dict__.get("lora_embedding_B")
-        raw = self._modules["lora_embedding_B"]
-        self.__dict__["lora_embedding_B"] = {
-            name: fold_into_b(B, self.lora_mixer[name]) if name in self.lora_mixer else B for name, B in raw.items()
+    def __init__(self, layer: MixedEmbedding) -> None:
+        self.layer = layer
+        mixers = layer.lora_mixer
+        self.lora_embedding_B = {
+            name: fold_into_b(B, mixers[name]) if name in mixers else B for name, B in layer.lora_embedding_B.items()
         }
-        try:
-            yield
-        finally:
-            if outer is None:
-                del self.__dict__["lora_embedding_B"]
-            else:
-                self.__dict__["lora_embedding_B"] = outer
 
-    def forward(self, *args, **kwargs) -> torch.Tensor:
-        with self.folded():
-            return super().forward(*args, **kwargs)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
+class MixedEmbedding(Embedding):
+    """PEFT's LoRA embedding with mixers in ``lora_mixer``; adapters without one are plain LoRA."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return Embedding.forward(_WithProduct(self), x, *args, **kwargs)
+
+    def _mixed_batch_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return Embedding._mixed_batch_forward(_WithProduct(self), x, *args, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        with self.folded():
-            return super().get_delta_weight(adapter)
+        return Embedding.get_delta_weight(_WithProduct(self), adapter)
 
 
-def attach_mixer(
-    layer: nn.Module, adapter_name: str, draw: Callable[[int, torch.Tensor], torch.Tensor], learned: bool
-) -> None:
-    """Puts a mixer into adapter ``adapter_name`` of a LoRA layer, in place.
+@contextmanager
+def folded_embeddings(model: nn.Module, adapters: list[str]) -> Iterator[None]:
+    """Within the context, the embeddings' stored B of these adapters is B @ M and their M is I.
+
+    For code of PEFT that reads ``lora_embedding_B`` from outside of the layer. The function that the model computes
+    stays the same up to rounding; afterwards everything is as before, bit by bit.
+    """
+    saved = []
+    try:
+        for layer in model.modules():
+            if not isinstance(layer, MixedEmbedding):
+                continue
+            for name in adapters:
+                if name in layer.lora_mixer:
+                    B, M = layer.lora_embedding_B[name], layer.lora_mixer[name]
+                    saved += [(B, B.data), (M, M.data)]
+                    B.data = fold_into_b(B.data, M.data)
+                    M.data = torch.eye(len(M), dtype=M.dtype, device=M.device)
+        yield
+    finally:
+        for tensor, data in saved:
+            tensor.data = data
+
+
+# -------------------------------------------------------------------------------------------------------- attaching
+
+
+def attach_mixer(layer: LoraLayer, adapter_name: str, config: MoSLoraConfig, module_name: str) -> None:
+    """Puts a new mixer into an adapter that PEFT has just created in a layer.
 
     Args:
-        draw: (r, reference tensor for dtype and device) -> mixer (r, r).
+        module_name: name of the adapted module in the base model; decides, with ``mixer_seed``, what is drawn.
 
     Raises:
-        TypeError: a layer whose factors are neither linear maps, convolutions nor an embedding's.
+        UserError: a mixer cannot go into this kind of layer.
     """
-    if adapter_name in layer.lora_embedding_B:
-        _attach_to_embedding(layer, adapter_name, draw, learned)
+    check_layer(layer, module_name)
+    if isinstance(layer, Embedding):
+        _attach_to_embedding(layer, adapter_name, config, module_name)
         return
-    grouped = getattr(layer.get_base_layer(), "groups", 1) > 1
-    host = (layer.lora_A if grouped else layer.lora_B)[adapter_name]
-    mixed = (INTO_A if grouped else INTO_B).get(type(host))
-    if mixed is None:
-        raise TypeError(
-            f"no mixer for {type(layer).__name__} on {type(layer.get_base_layer()).__name__}: its factor is a "
-            f"{type(host).__name__}, expected one of {', '.join(kind.__name__ for kind in INTO_B)}"
+    # A grouped convolution's B is (out, r / groups, ..): no column for each of the r ranks.
+    grouped = getattr(layer.lora_B[adapter_name], "groups", 1) > 1
+    host, mixed = (layer.lora_A, _MIXED_A) if grouped else (layer.lora_B, _MIXED_B)
+    _attach_to_module(host[adapter_name], mixed, layer.r[adapter_name], config, module_name)
+    if isinstance(layer, MultiheadAttention):
+        # PEFT's layer adapts the input projection itself, and the output projection by a layer of its own.
+        attach_mixer(layer.base_layer.out_proj, adapter_name, config, f"{module_name}.out_proj")
+
+
+def check_layer(layer: LoraLayer, module_name: str) -> None:
+    """Refuses kinds of layers that are not known to do all their work through ``lora_A`` and ``lora_B``.
+
+    Raises:
+        UserError: see above.
+    """
+    kind = layer_kind(layer)
+    if kind in LORA_LAYERS or isinstance(layer, MixedEmbedding):
+        return
+    reason = REFUSED_LAYERS.get(kind, "whether all of its code goes through lora_A and lora_B is not known")
+    raise UserError(
+        f"{module_name}: a mixer cannot go into a layer of type {'.'.join(kind)}: {reason}; leave the module out of "
+        "target_modules, or use mixer='identity', which is plain LoRA"
+    )
+
+
+def _new_mixer(r: int, like: torch.Tensor, config: MoSLoraConfig, module_name: str) -> torch.Tensor:
+    generator = None if config.mixer_seed is None else seeded_generator(config.mixer_seed, module_name)
+    return init_mixer(config.start, r, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def _attach_to_module(
+    host: nn.Module, mixed: dict[type, type], r: int, config: MoSLoraConfig, module_name: str
+) -> None:
+    if type(host) not in mixed:
+        raise UserError(
+            f"{module_name}: a mixer cannot go into {type(host).__module__}.{type(host).__qualname__}, only into "
+            f"{', '.join(f'nn.{cls.__name__}' for cls in mixed)} themselves; leave the module out of target_modules"
         )
     raw = host._parameters.pop("weight")
-    mixer = draw(layer.r[adapter_name], raw)
-    host.__class__ = mixed
-    host.raw = raw
-    if learned:
-        # An adapter added beside an active one is not trainable, and its mixer must not be either.
-        host.mixer = nn.Parameter(mixer, requires_grad=raw.requires_grad)
+    host.__class__ = mixed[type(host)]
+    host.register_parameter("raw", raw)
+    M = _new_mixer(r, raw, config, module_name)
+    if config.trains_mixer:
+        # Not always True: an adapter that is added while another is active starts frozen.
+        host.register_parameter("mixer", nn.Parameter(M, requires_grad=raw.requires_grad))
     else:
-        host.register_buffer("mixer", mixer)
+        host.register_buffer("mixer", M)
 
 
-def _attach_to_embedding(layer: nn.Module, adapter_name: str, draw, learned: bool) -> None:
-    if type(layer) not in (peft_seam.Embedding, MixedEmbedding):
-        raise TypeError(f"no mixer for {type(layer).__name__}: expected PEFT's LoRA embedding layer")
-    if "lora_mixer" not in layer._modules:
-        layer.lora_mixer = EmbeddingMixers()
-        layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_mixer")
+def _attach_to_embedding(layer: Embedding, adapter_name: str, config: MoSLoraConfig, module_name: str) -> None:
+    if type(layer) is Embedding:
         layer.__class__ = MixedEmbedding
+        layer.lora_mixer = MixerDict()
+        layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_mixer")
     B = layer.lora_embedding_B[adapter_name]
-    layer.lora_mixer.add(adapter_name, draw(layer.r[adapter_name], B), learned, B.requires_grad)
+    M = _new_mixer(layer.r[adapter_name], B, config, module_name)
+    if config.trains_mixer:
+        layer.lora_mixer[adapter_name] = nn.Parameter(M, requires_grad=B.requires_grad)
+    else:
+        layer.lora_mixer.set_frozen(adapter_name, M)

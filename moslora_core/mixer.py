@@ -6,6 +6,7 @@ writes row vectors, so that its W (Eq 7) is M transposed.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 
@@ -59,6 +60,13 @@ def init_mixer(
         return torch.empty(r, r, dtype=dtype, device=device)
     mixer = two_subspaces(r) if init == "two_subspaces" else MIXER_INITS[init](torch.empty(r, r), generator)
     return mixer.to(device=device, dtype=dtype)
+
+
+def seeded_generator(seed: int, module_name: str) -> torch.Generator:
+    """Source of one module's mixer: it depends on the seed and the name alone, not on the order of the modules."""
+    digest = hashlib.sha256(f"{seed}:{module_name}".encode()).digest()
+    # 63 bits, since torch's seeds are signed.
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def fold_into_b(B: torch.Tensor, M: torch.Tensor) -> torch.Tensor:

@@ -1,70 +1,116 @@
-"""The PEFT tuner: PEFT's ``LoraModel``, with a mixer put into each layer that it creates."""
+"""PEFT's LoRA tuner with mixers."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
-import torch
-from peft import LoraModel
 from torch import nn
 
-from . import peft_seam
 from .config import DEFAULT_INIT, MoSLoraConfig
-from .layers import MixedEmbedding, attach_mixer
-from .mixer import init_mixer
+from .errors import UserError
+from .layers import attach_mixer, folded_embeddings
+from .peft_seam import LoraLayer, LoraModel
+
+_SVD_SUFFIX = "svd"
 
 
 class MoSLoraModel(LoraModel):
-    """LoRA with a mixer M between A and B; created by ``get_peft_model(model, MoSLoraConfig(...))``."""
+    """Mixture-of-subspaces LoRA: PEFT's ``LoraModel``, with a mixer in each adapter that it creates.
+
+    Args:
+        model: the model to adapt.
+        config: a :class:`~moslora_core.config.MoSLoraConfig`, or several by adapter name.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
+    """
+
+    def _check_new_adapter_config(self, config: MoSLoraConfig) -> None:
+        # Again, since fields may have been assigned after the configuration was built.
+        config.validate()
+        super()._check_new_adapter_config(config)
 
     def _create_and_replace(
-        self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
+        self,
+        lora_config: MoSLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
     ) -> None:
+        if lora_config.has_mixer:
+            _check_target(lora_config, target, target_name, current_key)
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
-        if lora_config.is_plain:
-            return
-        layer = getattr(parent, target_name)
-        if isinstance(layer, peft_seam.ParamWrapper):
-            raise TypeError(f"no mixer for {current_key}: adapters on bare parameters have no B module to hold it")
-        self._attach(layer, adapter_name, lora_config, current_key)
-        if isinstance(layer, peft_seam.MultiheadAttention):
-            # PEFT adapts the output projection inside; it is a LoRA layer of its own.
-            self._attach(layer.get_base_layer().out_proj, adapter_name, lora_config, f"{current_key}.out_proj")
+        if lora_config.has_mixer:
+            attach_mixer(getattr(parent, target_name), adapter_name, lora_config, current_key)
 
-    @staticmethod
-    def _attach(layer: nn.Module, adapter_name: str, config: MoSLoraConfig, name: str) -> None:
-        def draw(r: int, like: torch.Tensor) -> torch.Tensor:
-            generator = None
-            if config.mixer_seed is not None:
-                # crc32 is a stable hash: the same layer gets the same mixer whatever else is adapted, in any order.
-                generator = torch.Generator().manual_seed(
-                    (config.mixer_seed << 32) % 2**63 + zlib.crc32(name.encode())
-                )
-            return init_mixer(config.start, r, dtype=like.dtype, device=like.device, generator=generator)
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        **kwargs: Any,
+    ) -> None:
+        """Adds a combination of adapters, as PEFT does, as an adapter without mixers.
 
-        attach_mixer(layer, adapter_name, draw, learned=config.mixer == "learned")
+        What is combined are the folded adapters, A and B @ M: the result is PEFT's for plain LoRA adapters of the same
+        function. Arguments as in ``LoraModel.add_weighted_adapter``.
 
-    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, *args, **kwargs):
-        """PEFT's combination of adapters; the result is a plain LoRA (mixer identity) of the folded factors."""
+        Raises:
+            UserError: the adapters adapt grouped convolutions and the combination concatenates or decomposes, which
+                PEFT does without regard to the groups.
+        """
+        mixed = [name for name in adapters if name in self.peft_config and self.peft_config[name].has_mixer]
+        if len(adapters) > 1 and (combination_type == "cat" or combination_type.endswith(_SVD_SUFFIX)):
+            self._refuse_grouped(adapters, combination_type)
         first = adapters[0] if adapters else None
-        config = self.peft_config.get(first)
-        if config is None:  # PEFT's own error names it
-            return super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
-        # PEFT copies the first adapter's configuration for the result, whose factors it writes itself.
-        self.peft_config[first] = replace(config, mixer="identity", mixer_init=DEFAULT_INIT)
-        try:
-            with self._folded_embeddings():
-                return super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
-        finally:
-            self.peft_config[first] = config
+        with folded_embeddings(self.model, mixed):
+            if first in mixed:
+                # PEFT copies the first adapter's configuration to the new adapter, which must not get mixers.
+                original = self.peft_config[first]
+                self.peft_config[first] = replace(original, mixer="identity", mixer_init=DEFAULT_INIT)
+            try:
+                super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **kwargs)
+            finally:
+                if first in mixed:
+                    self.peft_config[first] = original
 
-    @contextmanager
-    def _folded_embeddings(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for module in self.model.modules():
-                if isinstance(module, MixedEmbedding):
-                    stack.enter_context(module.folded())
-            yield
+    def _refuse_grouped(self, adapters: list[str], combination_type: str) -> None:
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, LoraLayer) and any(
+                getattr(layer.lora_B[adapter], "groups", 1) > 1 for adapter in adapters if adapter in layer.lora_B
+            ):
+                raise UserError(
+                    f"{name}: combination_type={combination_type!r} is not defined for grouped convolutions, whose B "
+                    "belongs to parts of A; use 'linear' or another that keeps the rank"
+                )
+
+    def subtract_mutated_init(self, output_state_dict: dict, adapter_name: str, kwargs: Any = None) -> dict:
+        if self.peft_config[adapter_name].has_mixer:
+            raise UserError(
+                "path_initial_model_for_weight_conversion is for initialisations that change the base weight, which "
+                "are not combined with mixers; save without it"
+            )
+        return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
+
+
+def _check_target(config: MoSLoraConfig, target: nn.Module, target_name: str, module_name: str) -> None:
+    """Refuses, before the model is changed, modules whose A and B are not their own.
+
+    Raises:
+        UserError: see above.
+    """
+    if target_name in (getattr(config, "target_modules_to_tie", None) or ()):
+        raise UserError(
+            f"{module_name}: ensure_weight_tying shares A and B with the input embedding, transposed, while a mixer "
+            "belongs to one module; set ensure_weight_tying=False"
+        )
+    base = target.get_base_layer() if isinstance(target, LoraLayer) else target
+    if getattr(base, "_hf_tp_plan", None) is not None:
+        raise UserError(
+            f"{module_name}: the module is split by tensor parallelism, which splits A or B and not a mixer; load the "
+            "model without a tp_plan"
+        )

@@ -1,50 +1,110 @@
-"""Every part of PEFT that is not its public interface, and that this package relies on.
+"""Every internal of PEFT that this package relies on, in one place.
 
-``register_peft_method`` refuses a name outside the ``PeftType`` enum and a prefix that is taken, so a method from
-outside PEFT has to extend the enum and the three mappings itself. A type of its own is needed: under the type LORA, a
-process without this package would load the adapter, drop the mixer with a warning, and compute something else.
+PEFT promises stability for its public functions only. What is used beyond them:
+
+    internal                                    what for
+    ------------------------------------------  -----------------------------------------------------------------------
+    PeftType (an enum)                          gets the member MOSLORA: transformers reads ``peft_type.value``, and
+                                                a process without this package fails on the name instead of loading
+                                                the adapter as LoRA without its mixers
+    peft.mapping.PEFT_TYPE_TO_*_MAPPING         the configuration, the tuner and the key prefix of that type
+    LoraModel._create_and_replace               the one place where a layer gets an adapter; extended by the mixer
+    LoraModel._check_new_adapter_config         where the configuration of a new adapter is checked
+    LoraModel.subtract_mutated_init             refused: it would difference mixers
+    LoraLayer.lora_A, lora_B (ModuleDict)       hold, by adapter, the module that computes A or B; the mixer goes inside
+    LoraLayer.lora_embedding_A, _B              the same for embeddings, as bare parameters
+    LoraLayer.adapter_layer_names               attributes whose entries follow the adapter: trained, saved, deleted
+    Embedding.forward, _mixed_batch_forward,    read ``self.lora_embedding_B`` and call nothing through ``super()``
+      get_delta_weight
+    MultiheadAttention.base_layer.out_proj      is a LoRA layer of its own inside the layer
+    the layers of LORA_LAYERS                   read ``lora_B[adapter].weight`` or call ``lora_B[adapter](x)``, and
+                                                never write to either after creation
+
+``tests/moslora_core/test_peft_seam.py`` holds each of these to its word. The versions of PEFT for which that was
+checked are ``SUPPORTED``.
 """
 
 from __future__ import annotations
 
-import re
-from importlib import metadata
+import peft
 
-from peft import PeftType
-from peft.mapping import (
+# First version that is known to work, and first that is not.
+SUPPORTED = ("0.21.0", "0.22.0")
+
+
+def check_version(version: str) -> None:
+    """Refuses a version of PEFT whose internals were not checked.
+
+    Raises:
+        ImportError: the version is outside ``SUPPORTED``.
+    """
+    found = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:2])
+    low, high = (tuple(int(part) for part in bound.split(".")[:2]) for bound in SUPPORTED)
+    if not low <= found < high:
+        raise ImportError(
+            f"moslora_core works with peft >= {SUPPORTED[0]}, < {SUPPORTED[1]} and found {version}: it relies on "
+            "internals of PEFT that other versions may have changed. Install one of these versions of peft."
+        )
+
+
+check_version(peft.__version__)
+
+from peft import LoraModel, PeftConfig, PeftType  # noqa: E402
+from peft.mapping import (  # noqa: E402
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.lora import layer as lora_layers
+from peft.tuners.lora.layer import Embedding, LoraLayer, MultiheadAttention  # noqa: E402
 
-SUPPORTED_PEFT = ((0, 21), (0, 22))  # from, below
+__all__ = ["LORA_LAYERS", "MOSLORA", "Embedding", "LoraLayer", "LoraModel", "MultiheadAttention", "register"]
 
-# The layer classes and the names inside them that the mixer hooks into.
-Embedding = lora_layers.Embedding
-MultiheadAttention = lora_layers.MultiheadAttention
-ParamWrapper = lora_layers.ParamWrapper
-LoraLayer = lora_layers.LoraLayer
+# LoRA layers that work with a mixer, by module below ``peft.tuners.lora`` and class. By name, because most of them are
+# defined only where their quantisation library is installed.
+LORA_LAYERS: frozenset[tuple[str, str]] = frozenset(
+    {
+        ("layer", "Linear"),  # nn.Linear and transformers' Conv1D
+        ("layer", "Conv1d"),
+        ("layer", "Conv2d"),
+        ("layer", "Conv3d"),
+        ("layer", "Embedding"),
+        ("layer", "MultiheadAttention"),
+        ("bnb", "Linear4bit"),
+        ("bnb", "Linear8bitLt"),
+        ("gptq", "GPTQLoraLinear"),
+        ("awq", "AwqLoraLinear"),
+        ("aqlm", "AqlmLoraLinear"),
+        ("eetq", "EetqLoraLinear"),
+        ("hqq", "HqqLoraLinear"),
+        ("inc", "IncLoraLinear"),
+        ("torchao", "TorchaoLoraLinear"),
+        ("te", "TeLinear"),
+    }
+)
+
+# Layers that PEFT knows and that a mixer cannot go into.
+REFUSED_LAYERS: dict[tuple[str, str], str] = {
+    ("layer", "ParamWrapper"): "it adapts a bare nn.Parameter, and a mixer is part of a module",
+    ("tp_layer", "LoraParallelLinear"): "Megatron splits A or B over processes and writes to B in place",
+}
 
 
-def check_peft_version(version: str | None = None) -> None:
-    """Raises ImportError, naming both, if the installed PEFT is outside the supported range."""
-    version = metadata.version("peft") if version is None else version
-    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    low, high = SUPPORTED_PEFT
-    if not low <= found < high:
-        wanted = f">={'.'.join(map(str, low))},<{'.'.join(map(str, high))}"
-        raise ImportError(f"moslora_core supports peft {wanted}, found peft {version}; pip install 'peft{wanted}'")
+def layer_kind(layer: LoraLayer) -> tuple[str, str]:
+    """Name of a layer's class as in ``LORA_LAYERS``; classes of other packages keep their full module name."""
+    return type(layer).__module__.removeprefix("peft.tuners.lora."), type(layer).__qualname__
 
 
-def add_peft_type(name: str) -> PeftType:
-    """A real member of PEFT's enum: transformers and diffusers read ``peft_type.value``."""
+def _add_peft_type(name: str) -> PeftType:
+    """A new member of the enum ``PeftType``, or the existing one of that name.
+
+    Python offers no public way to extend an enum. These are the attributes that its own metaclass sets.
+    """
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
     member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType._member_names_)
+    member._sort_order_ = len(PeftType.__members__)
     type.__setattr__(PeftType, name, member)
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
@@ -52,12 +112,15 @@ def add_peft_type(name: str) -> PeftType:
     return member
 
 
-def register(peft_type: PeftType, config_class: type, tuner_class: type, prefix: str) -> None:
-    """Makes ``get_peft_model``, ``from_pretrained`` and ``add_adapter`` know the method."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_class
-    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner_class
-    PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = prefix
+MOSLORA = _add_peft_type("MOSLORA")
 
 
-check_peft_version()
-MOSLORA = add_peft_type("MOSLORA")
+def register(config_cls: type[PeftConfig], tuner_cls: type[LoraModel]) -> None:
+    """Makes PEFT know the method. Repeating it changes nothing.
+
+    ``peft.utils.register_peft_method`` does the same for methods of PEFT itself; it refuses names outside the enum,
+    and the prefix ``lora_``, which LoRA has already.
+    """
+    PEFT_TYPE_TO_CONFIG_MAPPING[MOSLORA] = config_cls
+    PEFT_TYPE_TO_TUNER_MAPPING[MOSLORA] = tuner_cls
+    PEFT_TYPE_TO_PREFIX_MAPPING[MOSLORA] = tuner_cls.prefix
