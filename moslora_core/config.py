@@ -1,4 +1,4 @@
-"""``MoSLoraConfig``: a LoRA configuration with a mixer."""
+"""Configuration of MoSLoRA: PEFT's ``LoraConfig`` and what the mixer is."""
 
 from __future__ import annotations
 
@@ -16,102 +16,150 @@ logger = logging.getLogger(__name__)
 MIXERS = ("learned", "frozen", "identity", "two_subspaces")
 DEFAULT_INIT = "kaiming_uniform"
 
-# LoRA's variants whose update is not scaling * B @ A of the two stored factors: a mixer between them is undefined.
-_NOT_B_A = {
-    "target_parameters": "adapters on bare parameters have no B module to hold the mixer",
-    "use_bdlora": "block-diagonal factors are not mixed by a dense (r, r) matrix",
-    "arrow_config": "Arrow routes between whole adapters and reads B and A itself",
-    "kasa_config": "KaSA puts a diagonal of its own between B and A",
-    "monteclora_config": "MonteCLoRA samples around its own factors",
-    "velora_config": "VeLoRA compresses the activations of plain LoRA",
-    "alora_invocation_tokens": "activated LoRA switches B and A by token",
-    "use_qalora": "QA-LoRA pools the input of A by groups",
-    "ensure_weight_tying": "tied layers share B and A by transposition, which the mixer does not survive",
-    "megatron_config": "Megatron's parallel layers split B and A over processes",
+# Members of PEFT's LoRA family whose update is not scaling * B @ A of the two stored factors, or that set the factors
+# from outside. With mixer="identity" all of them are allowed, since that is plain LoRA.
+_REFUSED_FIELDS = {
+    "target_parameters": "a mixer is part of a module, not of a bare nn.Parameter; name modules in target_modules",
+    "use_bdlora": "BD-LoRA replaces A or B by a block-diagonal matrix, which a dense mixer would undo",
+    "use_qalora": "QA-LoRA pools the inputs of A, and exists for GPTQ layers alone",
+    "arrow_config": "Arrow routes tokens over whole adapters and writes to their A and B",
+    "kasa_config": "KaSA puts a diagonal of its own between A and B, and truncates the base weight",
+    "monteclora_config": "MonteCLoRA samples A, with a prior for plain LoRA",
+    "velora_config": "VeLoRA replaces the backward pass of A by an approximation",
+    "megatron_config": "Megatron's parallel layers split A or B over processes",
 }
-# Initialisations that leave W + scaling * B @ A = W; with a mixer between B and A that equality breaks.
-_PLAIN_INITS = (True, False, "gaussian")
+
+# Initialisations of A and B that make B @ A what it should be, which B @ M @ A then is not.
+_REFUSED_INITS = {
+    "eva": "EVA replaces A, and ranks, after the mixers were drawn",
+    "olora": "OLoRA takes B @ A out of the base weight",
+    "pissa": "PiSSA takes B @ A out of the base weight",
+    "corda": "CorDA takes B @ A out of the base weight",
+    "lora_ga": "LoRA-GA takes B @ A out of the base weight",
+    "loftq": "LoftQ fits B @ A to the quantisation error",
+    "orthogonal": "it draws A and B so that B @ A = 0, while B @ M @ A is not",
+    "mica": "MiCA freezes the module that holds B, and with it the mixer",
+}
 
 
 @dataclass
 class MoSLoraConfig(LoraConfig):
-    """Configuration of MoSLoRA: delta_W = scaling * B @ M @ A with the mixer M of shape (r, r) (paper, Eq 7).
+    """Mixture-of-subspaces LoRA: delta_W = scaling * B @ M @ A with a mixer M (r, r) between A and B (Eq 7).
 
-    All of :class:`peft.LoraConfig` applies. ``mixer="identity"``, and ``mixer="frozen"`` with
-    ``mixer_init="identity"``, are vanilla LoRA: nothing is attached and PEFT's own layers run.
+    Everything of :class:`peft.LoraConfig` applies; three settings are added.
+
+    Args:
+        mixer (`str`):
+            ``"learned"``: M is trained with A and B (MoSLoRA). ``"frozen"``: M stays as it was drawn, a control.
+            ``"two_subspaces"``: M is [[I, I], [I, I]] and fixed (Eq 6); ranks must be even. ``"identity"``: M = I,
+            which is LoRA: nothing is added to PEFT's layers.
+        mixer_init (`str`):
+            Where a learned or frozen mixer starts: ``"kaiming_uniform"`` (entries in U(-1/sqrt r, 1/sqrt r)),
+            ``"orthogonal"``, ``"gaussian"`` (standard normal entries), ``"identity"`` or ``"zero"``.
+        mixer_seed (`int`, *optional*):
+            If given, each mixer is drawn from its own generator, seeded with this number and the module's name: A and
+            B are then those of plain LoRA at the same torch seed. If None, mixers are drawn from torch's global
+            generator, each after its A.
 
     Raises:
-        UserError: (a ``ValueError``) for an unknown value, an odd rank with ``two_subspaces``, an adapter that could
-            never learn, or a variant of LoRA in which a mixer has no meaning.
+        ValueError: a setting is unknown, contradicts another, or would give something else than it says.
     """
 
     mixer: str = field(
         default="learned",
         metadata={
-            "help": "learned: MoSLoRA, M is trained. frozen: M keeps its initial value. identity: vanilla LoRA. "
-            "two_subspaces: M = [[I, I], [I, I]] of r/2 blocks, fixed; needs an even r."
+            "help": (
+                "The r x r matrix between A and B: 'learned' (MoSLoRA), 'frozen' (drawn, not trained), 'two_subspaces' "
+                "([[I, I], [I, I]], fixed, even ranks only) or 'identity' (plain LoRA)."
+            ),
         },
     )
     mixer_init: str = field(
         default=DEFAULT_INIT,
         metadata={
-            "help": "Start of a learned or frozen mixer: kaiming_uniform (a = sqrt 5), orthogonal, gaussian (standard "
-            "normal), identity, or zero (with B = 0 a dead start: no gradient reaches A, B or M)."
+            "help": (
+                "Start of a learned or frozen mixer: 'kaiming_uniform', 'orthogonal', 'gaussian' (standard normal), "
+                "'identity' or 'zero'. From zero nothing is ever learned; it is there for the paper's ablation."
+            ),
         },
     )
     mixer_seed: int | None = field(
         default=None,
         metadata={
-            "help": "Draws each layer's mixer from its own generator, seeded by this number and the layer's name: "
-            "A is then initialised as in a LoRA of the same torch seed. None draws from torch's global generator."
+            "help": (
+                "Seed of the mixers, apart from torch's global generator, so that A and B are those of plain LoRA at "
+                "the same torch seed. None draws the mixers from the global generator."
+            )
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MOSLORA
+        self.validate()
+        # Not for an adapter that is loaded to be used: the ablation has been run by then.
+        if self.mixer == "learned" and self.mixer_init == "zero" and not self.inference_mode:
+            logger.warning(
+                "mixer_init='zero' is a dead start: with B = 0 the gradients of A, B and the mixer all vanish, and "
+                "nothing will be learned (it is there for the paper's ablation of the initialisation)"
+            )
+
+    @property
+    def has_mixer(self) -> bool:
+        """Whether layers store a mixer; False for what is plain LoRA."""
+        return self.mixer != "identity" and (self.mixer, self.mixer_init) != ("frozen", "identity")
+
+    @property
+    def trains_mixer(self) -> bool:
+        """Whether the mixer is a parameter, instead of a buffer or nothing."""
+        return self.mixer == "learned"
+
+    @property
+    def start(self) -> str:
+        """Name of the matrix that mixers start from, for :func:`~moslora_core.mixer.init_mixer`."""
+        return self.mixer if self.mixer in ("identity", "two_subspaces") else self.mixer_init
+
+    def validate(self) -> None:
+        """Checks the mixer's settings against each other and against LoRA's.
+
+        Raises:
+            UserError: (a ``ValueError``) says what was found and what would be right.
+        """
         if self.mixer not in MIXERS:
             raise UserError(f"mixer must be one of {', '.join(MIXERS)}, found {self.mixer!r}")
         if self.mixer_init not in MIXER_INITS:
             raise UserError(f"mixer_init must be one of {', '.join(MIXER_INITS)}, found {self.mixer_init!r}")
-        if self.mixer_seed is not None and (not isinstance(self.mixer_seed, int) or self.mixer_seed < 0):
-            raise UserError(f"mixer_seed must be a non-negative integer or None, found {self.mixer_seed!r}")
-        self._check_mixer()
-        if self.has_mixer:
-            self._check_variants()
-
-    @property
-    def has_mixer(self) -> bool:
-        """Whether layers store a mixer; False for what is vanilla LoRA."""
-        return self.mixer != "identity" and not (self.mixer == "frozen" and self.mixer_init == "identity")
-
-    @property
-    def start(self) -> str:
-        """Name of the mixer's initial value: ``mixer_init``, or ``two_subspaces``."""
-        return "two_subspaces" if self.mixer == "two_subspaces" else self.mixer_init
-
-    def _check_mixer(self) -> None:
-        if self.mixer in ("identity", "two_subspaces") and self.mixer_init not in (DEFAULT_INIT, "identity"):
+        seed = self.mixer_seed
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
+            raise UserError(f"mixer_seed must be a non-negative integer or None, found {seed!r}")
+        if self.mixer in ("identity", "two_subspaces") and self.mixer_init not in (DEFAULT_INIT, self.mixer):
             raise UserError(
-                f"mixer={self.mixer!r} is a fixed matrix, so mixer_init={self.mixer_init!r} has no effect; "
-                "leave mixer_init out, or use mixer='learned' or 'frozen'"
+                f"mixer={self.mixer!r} is a fixed matrix, so mixer_init={self.mixer_init!r} has no effect; leave "
+                "mixer_init out, or use mixer='learned' or 'frozen'"
             )
         if self.mixer == "frozen" and self.mixer_init == "zero":
-            raise UserError("a frozen zero mixer keeps the update at zero forever; use another mixer_init")
+            raise UserError(
+                "mixer='frozen' with mixer_init='zero' keeps the update at B @ 0 @ A = 0 forever; use another mixer_init"
+            )
         if self.mixer == "two_subspaces":
-            ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": rank for k, rank in (self.rank_pattern or {}).items()}}
+            ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": rank for key, rank in (self.rank_pattern or {}).items()}
             for name, rank in ranks.items():
                 if rank % 2:
-                    raise UserError(f"mixer='two_subspaces' halves the rank: {name} must be even, found {rank}")
-        if self.mixer == "learned" and self.mixer_init == "zero" and self.init_lora_weights is not False:
-            logger.warning("mixer_init='zero' with B = 0 is a dead start: no gradient reaches A, B or the mixer")
+                    raise UserError(
+                        f"mixer='two_subspaces' pairs rank i with rank i + r/2: {name} must be even, found {rank}"
+                    )
+        if self.has_mixer:
+            self._validate_lora()
 
-    def _check_variants(self) -> None:
-        for name, reason in _NOT_B_A.items():
-            if getattr(self, name, None):
-                raise UserError(f"mixer={self.mixer!r} does not go with {name}: {reason}")
-        if not any(self.init_lora_weights is value or self.init_lora_weights == value for value in _PLAIN_INITS):
-            raise UserError(
-                f"mixer={self.mixer!r} does not go with init_lora_weights={self.init_lora_weights!r}, which sets "
-                "B and A (and the base weight) so that B @ A is exact; use True, False or 'gaussian'"
-            )
+    def _validate_lora(self) -> None:
+        for name, reason in _REFUSED_FIELDS.items():
+            if getattr(self, name):
+                raise UserError(f"{name} cannot be combined with mixer={self.mixer!r}: {reason}")
+        init = self.init_lora_weights
+        if isinstance(init, bool) or str(init).lower() == "gaussian":
+            return
+        reasons = [reason for key, reason in _REFUSED_INITS.items() if str(init).lower().startswith(key)]
+        raise UserError(
+            f"init_lora_weights={init!r} cannot be combined with mixer={self.mixer!r}: "
+            f"{reasons[0] if reasons else 'what it means for a mixer is not known'}; use True, False or 'gaussian'"
+        )
