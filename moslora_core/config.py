@@ -69,8 +69,8 @@ class MoSLoraConfig(LoraConfig):
         default="learned",
         metadata={
             "help": (
-                "The r x r matrix between A and B: 'learned' (MoSLoRA), 'frozen' (drawn, not trained), 'two_subspaces' "
-                "([[I, I], [I, I]], fixed, even ranks only) or 'identity' (plain LoRA)."
+                "The r x r matrix between A and B: 'learned' (MoSLoRA), 'frozen' (drawn, not trained), "
+                "'two_subspaces' ([[I, I], [I, I]], fixed, even ranks only) or 'identity' (plain LoRA)."
             ),
         },
     )
@@ -139,7 +139,7 @@ class MoSLoraConfig(LoraConfig):
             )
         if self.mixer == "frozen" and self.mixer_init == "zero":
             raise UserError(
-                "mixer='frozen' with mixer_init='zero' keeps the update at B @ 0 @ A = 0 forever; use another mixer_init"
+                "mixer='frozen' with mixer_init='zero' keeps the update at B @ 0 @ A forever; use another mixer_init"
             )
         if self.mixer == "two_subspaces":
             ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": rank for key, rank in (self.rank_pattern or {}).items()}

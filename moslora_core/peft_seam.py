@@ -11,7 +11,7 @@ PEFT promises stability for its public functions only. What is used beyond them:
     LoraModel._create_and_replace               the one place where a layer gets an adapter; extended by the mixer
     LoraModel._check_new_adapter_config         where the configuration of a new adapter is checked
     LoraModel.subtract_mutated_init             refused: it would difference mixers
-    LoraLayer.lora_A, lora_B (ModuleDict)       hold, by adapter, the module that computes A or B; the mixer goes inside
+    LoraLayer.lora_A, lora_B (ModuleDict)       hold, by adapter, the module of A or B; the mixer goes inside one
     LoraLayer.lora_embedding_A, _B              the same for embeddings, as bare parameters
     LoraLayer.adapter_layer_names               attributes whose entries follow the adapter: trained, saved, deleted
     Embedding.forward, _mixed_batch_forward,    read ``self.lora_embedding_B`` and call nothing through ``super()``
