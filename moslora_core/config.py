@@ -126,9 +126,9 @@ class MoSLoraConfig(LoraConfig):
             UserError: (a ``ValueError``) says what was found and what would be right.
         """
         if self.mixer not in MIXERS:
-            raise UserError(f"mixer must be one of {', '.join(MIXERS)}, found {self.mixer!r}")
+            raise UserError(f"mixer={self.mixer!r} is unknown; expected one of {', '.join(MIXERS)}")
         if self.mixer_init not in MIXER_INITS:
-            raise UserError(f"mixer_init must be one of {', '.join(MIXER_INITS)}, found {self.mixer_init!r}")
+            raise UserError(f"mixer_init={self.mixer_init!r} is unknown; expected one of {', '.join(MIXER_INITS)}")
         seed = self.mixer_seed
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
             raise UserError(f"mixer_seed must be a non-negative integer or None, found {seed!r}")
