@@ -154,7 +154,9 @@ def pattern_value(pattern: Mapping[str, Any] | None, default: Any, module: str) 
 
 def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
     """Factor on B @ A: alpha / r, or alpha / sqrt(r) under rank-stabilised LoRA, with the module's own alpha."""
-    alpha = pattern_value(config.get("alpha_pattern"), config.get("lora_alpha"), module)
+    # Multi-head attention's output projection is adapted inside the layer, with the layer's alpha.
+    layer = module.split(".base_layer.")[0]
+    alpha = pattern_value(config.get("alpha_pattern"), config.get("lora_alpha"), layer)
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
         raise UserError(f"{CONFIG_NAME}: lora_alpha of {module} is {alpha!r}; expected a number")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

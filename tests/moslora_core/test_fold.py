@@ -166,6 +166,24 @@ def test_the_fold_is_the_update_whatever_the_sizes(r, out, inp, seed, named):
     torch.testing.assert_close(delta, B @ M @ A, rtol=1e-9, atol=1e-11)
 
 
+def test_both_projections_of_multihead_attention_are_folded(tmp_path):
+    def attention():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
+
+    model = get_peft_model(attention(), MoSLoraConfig(r=4, target_modules=["attn"]))
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "lora_" in name:
+                tensor.normal_()
+    model.save_pretrained(tmp_path / "mixed")
+    fold_adapter(tmp_path / "mixed", tmp_path / "folded")
+    folded = PeftModel.from_pretrained(attention(), tmp_path / "folded")
+    x = torch.randn(3, 2, 8)
+    expected, _ = model.base_model.model["attn"](x, x, x)
+    assert torch.equal(folded.base_model.model["attn"](x, x, x)[0], expected)
+
+
 def test_a_state_dict_gathered_elsewhere_can_be_given():
     model = mixed()
     whole = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -282,7 +300,16 @@ def test_the_command_as_a_process_ends_bad_input_in_one_line(tmp_path):
     )
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == f"{tmp_path / 'absent'}: no such folder; expected a saved adapter"
-    assert "Traceback" not in result.stderr and not result.stdout
+    assert "Traceback" not in result.stderr and "RuntimeWarning" not in result.stderr and not result.stdout
+
+
+def test_the_package_offers_the_functions_and_refuses_unknown_names():
+    import moslora_core
+
+    assert moslora_core.fold_to_lora is fold_to_lora and moslora_core.fold_into_init is fold_into_init
+    assert all(hasattr(moslora_core, name) for name in moslora_core.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = moslora_core.no_such_name
 
 
 def edit_config(folder: Path, **changes) -> None:
@@ -310,7 +337,7 @@ DAMAGE = {
     "already LoRA": (lambda f: edit_config(f, peft_type="LORA"), "plain LoRA adapter already"),
     "another tuner": (lambda f: edit_config(f, peft_type="LOKR"), "peft_type is 'LOKR'; expected MOSLORA"),
     "no tuner": (lambda f: edit_config(f, peft_type=None), "peft_type is None; expected MOSLORA"),
-    "unknown mixer": (lambda f: edit_config(f, mixer="blended"), "mixer='blended' is unknown"),
+    "unknown mixer": (lambda f: edit_config(f, mixer="blended"), "'blended'"),
     "impossible setting": (lambda f: edit_config(f, task_type="COOKING"), "COOKING"),
     "truncated": (
         lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:-7]),

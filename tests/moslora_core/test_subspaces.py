@@ -332,6 +332,19 @@ def test_factors_of_a_grouped_convolution_are_the_map_that_it_applies(plain):
     torch.testing.assert_close(nn.functional.conv2d(x, kernel, padding=1), update, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("plain", [True, False], ids=["lora", "moslora"])
+def test_both_projections_of_multihead_attention_are_read(plain):
+    config = {"r": 4, "target_modules": ["attn"], "alpha_pattern": {"attn": 12}}
+    net = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
+    model = get_peft_model(net, (LoraConfig if plain else MoSLoraConfig)(**config))
+    randomise(model)
+    factors = adapter_factors(model)
+    layer = model.base_model.model["attn"]
+    for name, projection in (("attn", layer), ("attn.base_layer.out_proj", layer.base_layer.out_proj)):
+        delta = projection.get_delta_weight("default").detach().double()
+        torch.testing.assert_close(factors[name].delta(), delta, rtol=1e-4, atol=1e-4)
+
+
 def test_a_named_adapter_is_read_and_an_absent_one_refused():
     model = get_peft_model(Net(), MoSLoraConfig(r=2, target_modules=["q"]), adapter_name="first")
     model.add_adapter("second", MoSLoraConfig(r=3, target_modules=["k"], mixer="identity"))
