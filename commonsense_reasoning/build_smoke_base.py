@@ -6,10 +6,10 @@ word-level tokenizer and a LlamaForCausalLM of half a million parameters, on one
 A base is of use only if LoRA can teach it the eight formats, and LoRA moves nothing but projections. So the base must
 already (1) recall the world's facts, (2) bind an option to its label, for every label family, and (3) have trained
 embeddings for every word of the prompts. It must not have seen the formats themselves, or there is nothing to tune.
-The pretraining text (:func:`draw_piece`) has one kind of piece for each need: facts and open questions; options in a
+The pretraining text (:class:`Text`) has one kind of piece for each need: facts and open questions; options in a
 notation of their own, ``the color of the hat = answer1 : red answer2 : blue -> answer2``; and the words of the prompts
-in random order. Two smaller needs come first in training and carry the others: which label stands before a given word, and
-whether two given words agree. A gate measures (1) and (2) at the end, and a base that fails is not written.
+in random order. Two pieces teach half a skill, from which the whole one follows: which label stands before a given
+word, and whether two given words agree. A gate measures (1) and (2) at the end, and a base that fails is not written.
 """
 
 from __future__ import annotations
