@@ -36,7 +36,7 @@ def two_subspaces(r: int) -> torch.Tensor:
     """
     if r % 2:
         raise UserError(f"two-subspaces mixing pairs rank i with rank i + r/2, so r must be even, found r={r}")
-    return torch.eye(r // 2, device="cpu").repeat(2, 2)
+    return torch.eye(r // 2).repeat(2, 2)
 
 
 @torch.no_grad()
@@ -63,11 +63,13 @@ def init_mixer(
         raise UserError(f"mixer initialisation must be one of {', '.join(MIXER_INITS)}, two_subspaces, found {init!r}")
     if torch.device(device).type == "meta":
         return torch.empty(r, r, dtype=dtype, device=device)
-    if init == "two_subspaces":
-        M = two_subspaces(r)
-    else:
-        # The device is named, or a surrounding `torch.device` context would decide.
-        M = MIXER_INITS[init](torch.empty(r, r, dtype=torch.float32, device="cpu"), generator)
+    # Named, or a surrounding device context or default dtype would decide.
+    with torch.device("cpu"):
+        M = (
+            two_subspaces(r)
+            if init == "two_subspaces"
+            else MIXER_INITS[init](torch.empty(r, r, dtype=torch.float32), generator)
+        )
     return M.to(device=device, dtype=dtype)
 
 
