@@ -25,7 +25,7 @@ class MethodConfig:
 
     Attributes:
         name: name in run folders and tables.
-        tuner: PEFT tuner: lora (with or without a mixer), adalora, lokr, loha.
+        tuner: PEFT tuner: lora (with or without a mixer), adalora, lokr, loha; none for the untrained model.
         mixer: learned | frozen | identity | two_subspaces; identity is plain LoRA (Eq 7 with W = I).
         mixer_init: kaiming_uniform | orthogonal | gaussian | identity | zero.
         fold_into_init: start a plain LoRA from A0 := M0 A0 (control: is the mixer only another start?).
@@ -62,6 +62,8 @@ METHODS: dict[str, MethodConfig] = {
         MethodConfig("adalora", tuner="adalora"),
         MethodConfig("lokr", tuner="lokr"),
         MethodConfig("loha", tuner="loha"),
+        # The untrained model: a reference row, evaluated and never trained.
+        MethodConfig("base", tuner="none"),
     )
 }
 
@@ -95,6 +97,8 @@ def peft_config(
     Raises:
         UserError: an impossible rank, alpha or dropout, an unknown tuner, or a setting that the tuner lacks.
     """
+    if method.tuner == "none":
+        raise UserError(f"method={method.name} is the untrained model: there is nothing to train, only to evaluate")
     if adapter.r < 1:
         raise UserError(f"adapter.r must be a positive rank, found {adapter.r}")
     if not 0 <= adapter.lora_dropout < 1:

@@ -1,0 +1,310 @@
+"""Evaluates a trained run: ``python -m commonsense_reasoning.evaluate scale=smoke method=moslora seed=1``.
+
+Takes the arguments that the run was trained with, and ``evaluation.*``. Scoring goes through lm-eval with this
+package's task files (``lm_eval_tasks``). Each mode under each protocol is an evaluation of its own name, so that no
+two of them meet in a table column:
+
+    generate-paper, generate-corrected              free generation, the published answer extraction
+    loglikelihood-paper, loglikelihood-corrected    the likeliest of the offered labels
+    harness                                         lm-eval's own versions of the benchmarks (needs the hub)
+
+``method=base`` evaluates the untrained model. A stopped evaluation goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from moslora_core import launch
+from moslora_core.errors import UserError
+from moslora_core.record import (
+    Evaluation,
+    Prediction,
+    RunRecord,
+    TaskResult,
+    append_jsonl,
+    repair_jsonl,
+    write_atomic,
+)
+
+from .adapted import adapter_digest, load_adapted
+from .config import CONF_MODULE, EXPERIMENT, NOT_IN_LABEL, Config
+from .extraction import first_answer, last_answer
+from .models import load_tokenizer
+from .tasks import TASKS
+
+logger = logging.getLogger(__name__)
+
+STAGE = "evaluate"
+MODES = ("generate", "loglikelihood", "harness")
+PROTOCOLS = ("paper", "corrected")
+
+
+# --------------------------------------------------------------------------------------------------------------- plan
+
+
+def evaluation_name(config: Config) -> str:
+    """Name of the evaluation in the run record; what may share a column of a table."""
+    mode = config.evaluation.mode
+    return mode if mode == "harness" else f"{mode}-{config.protocol.name}"
+
+
+def check(config: Config) -> list[str]:
+    """Checks ``config.evaluation`` and returns the tasks to evaluate, in the order of the paper's table.
+
+    Raises:
+        UserError: a value that is out of range or unknown.
+    """
+    evaluation = config.evaluation
+    if evaluation.mode not in MODES:
+        raise UserError(f"evaluation.mode must be one of {', '.join(MODES)}, found {evaluation.mode!r}")
+    if config.protocol.name not in PROTOCOLS:
+        raise UserError(f"protocol.name must be one of {', '.join(PROTOCOLS)}, found {config.protocol.name!r}")
+    positive = {
+        "evaluation.batch_size": evaluation.batch_size,
+        "evaluation.chunk": evaluation.chunk,
+        "evaluation.limit": 1 if evaluation.limit is None else evaluation.limit,
+        "protocol.num_beams": config.protocol.num_beams,
+        "protocol.max_new_tokens": config.protocol.max_new_tokens,
+    }
+    for key, value in positive.items():
+        if value < 1:
+            raise UserError(f"{key} must be positive, found {value}")
+    asked = config.data.tasks if evaluation.tasks is None else evaluation.tasks
+    known = [name for name in TASKS if name in config.data.tasks]
+    for name in asked:
+        if name not in known:
+            raise UserError(f"evaluation.tasks: unknown task {name!r}; data.tasks has {', '.join(known)}")
+    if not asked:
+        raise UserError(f"evaluation.tasks names no task; data.tasks has {', '.join(known)}")
+    return [name for name in known if name in asked]
+
+
+def locate(config: Config) -> RunRecord:
+    """The run record of a configuration."""
+    label = config.run_name or "default"
+    return RunRecord.locate(config.runs_dir, EXPERIMENT, config.scale.name, config.method.name, label, config.seed)
+
+
+def is_base(config: Config) -> bool:
+    """Whether the model is evaluated as it is, without an adapter."""
+    return config.method.tuner == "none"
+
+
+def _is_done(config: Config, record: RunRecord, name: str) -> bool:
+    if config.on_finished not in ("refuse", "skip", "overwrite"):
+        raise UserError(f"on_finished must be refuse, skip or overwrite, found {config.on_finished!r}")
+    if config.on_finished == "overwrite" or name not in record.results().evaluations:
+        return False
+    if config.on_finished == "refuse":
+        raise UserError(
+            f"{record.path} has the evaluation {name} already; on_finished=skip keeps it, on_finished=overwrite "
+            "replaces it"
+        )
+    logger.info("already evaluated (%s): %s", name, record.path)
+    return True
+
+
+def _adapter(config: Config, record: RunRecord) -> Path | None:
+    """Folder of the run's adapter, None for the untrained base."""
+    if is_base(config):
+        return None
+    if not record.adapter_path.is_dir():
+        command = f"python -m {EXPERIMENT}.train scale={config.scale.name} method={config.method.name}"
+        same = "" if config.run_name in (None, "default") else f" and the same overrides ({config.run_name})"
+        raise UserError(f"no adapter at {record.adapter_path}; train it: {command} seed={config.seed}{same}")
+    return record.adapter_path
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """What the numbers of an evaluation depend on, beside the adapter and the items."""
+    evaluation, model = config.evaluation, config.model
+    found: dict[str, Any] = {
+        "mode": evaluation.mode,
+        "protocol": config.protocol.name,
+        "limit": evaluation.limit,
+        "batch_size": evaluation.batch_size,
+        "model": model.path,
+        "revision": model.revision,
+        "dtype": model.dtype,
+        "quantization": model.quantization,
+        "lm_eval": metadata.version("lm_eval"),
+    }
+    if evaluation.mode == "generate":
+        found |= {"num_beams": config.protocol.num_beams, "max_new_tokens": config.protocol.max_new_tokens}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(adapter: Path | None, used: dict[str, Any], item_digests: dict[str, str]) -> str:
+    """Digest of all that earlier predictions must agree with to be kept.
+
+    The batch size is left out: no answer depends on it, and a smaller one is how an evaluation that ran out of memory
+    goes on.
+    """
+    kept = {key: value for key, value in used.items() if key != "batch_size"}
+    return _digest([adapter and adapter_digest(adapter), kept, item_digests])
+
+
+def resume(path: Path, expected: str) -> list[dict[str, Any]]:
+    """Finished chunks of a stopped evaluation: one line each, so that a chunk is there whole or not at all.
+
+    A file of another adapter, other settings or other items is replaced by an empty one.
+    """
+    rows = repair_jsonl(path) if path.exists() else []
+    if rows and rows[0].get("fingerprint") == expected:
+        return rows[1:]
+    if rows:
+        logger.warning("the stopped evaluation in %s had another adapter, settings or items: starting afresh", path)
+    write_atomic(path, json.dumps({"fingerprint": expected}) + "\n")
+    return []
+
+
+# -------------------------------------------------------------------------------------------------------------- score
+
+
+def _predictions(evaluation: str, name: str, samples: Sequence[dict[str, Any]]) -> list[Prediction]:
+    """lm-eval's samples as rows of the run record."""
+    found = []
+    for sample in samples:
+        doc, response = sample["doc"], None
+        if evaluation.startswith("generate"):
+            (((response,),),) = (sample["resps"],)
+            answer = first_answer(name, response)
+        else:
+            scores = [score for score, _ in sample["filtered_resps"]]
+            best = scores.index(max(scores))
+            answer = str(best) if evaluation == "harness" else doc["choices"][best]
+        item = f"{name}/{sample['doc_id']}" if evaluation == "harness" else doc["id"]
+        gold, correct = str(sample["target"]), bool(sample["acc"])
+        found.append(Prediction(evaluation, name, item, gold, answer, correct, response))
+    return found
+
+
+def task_result(predictions: Sequence[Prediction]) -> TaskResult:
+    """Accuracy, its standard error (of a mean, with n - 1, as lm-eval's), and the share without an answer."""
+    n = len(predictions)
+    accuracy = sum(p.correct for p in predictions) / n
+    return TaskResult(
+        metric="accuracy",
+        value=accuracy,
+        n=n,
+        stderr=math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else None,
+        unparsed=sum(p.prediction is None for p in predictions) / n if predictions[0].response is not None else None,
+    )
+
+
+def lenient_accuracy(predictions: Sequence[Prediction]) -> float:
+    """Accuracy if the last label in any case counts: how much of a score is the extraction rule's doing."""
+    return sum(last_answer(p.task, p.response) == p.gold for p in predictions) / len(predictions)
+
+
+def evaluate(config: Config, record: RunRecord, names: Sequence[str]) -> tuple[Evaluation, list[Prediction]]:
+    """Scores the tasks ``names``, chunk by chunk into the record's partial file.
+
+    Raises:
+        UserError: unprepared data, an adapter that does not load.
+    """
+    # lm-eval takes seconds to import: not before everything cheap has been checked.
+    from .lm_eval_tasks import harness
+
+    name, mode = evaluation_name(config), config.evaluation.mode
+    if mode == "harness":
+        tasks = harness.load_harness_tasks(names)
+    else:
+        tasks = harness.load_tasks(mode, config.protocol.name, names, config.data.dir)
+    limit = config.evaluation.limit
+    sizes = {task: min(len(found.eval_docs), limit or len(found.eval_docs)) for task, found in tasks.items()}
+    used = settings(config) | {"task_versions": {task: found.VERSION for task, found in tasks.items()}}
+    adapter = _adapter(config, record)
+    digests = {task: _digest([tasks[task].eval_docs[i] for i in range(size)]) for task, size in sizes.items()}
+    partial = record.partial_predictions_path(name)
+    chunks = resume(partial, fingerprint(adapter, used, digests))
+    if mode == "generate":
+        generation = {"num_beams": config.protocol.num_beams, "max_gen_toks": config.protocol.max_new_tokens}
+        for task in tasks.values():
+            task.set_config("generation_kwargs", generation, update=True)
+
+    lm = None
+    predictions: list[Prediction] = []
+    for task in names:
+        done: dict[int, Prediction] = {}
+        for row in (row for row in chunks if row["task"] == task):
+            done |= dict(zip(row["items"], (Prediction(**p) for p in row["predictions"]), strict=True))
+        pending = [index for index in range(sizes[task]) if index not in done]
+        if done:
+            logger.info("%s: %d of %d items are there from before", task, len(done), sizes[task])
+        for start in range(0, len(pending), config.evaluation.chunk):
+            if lm is None:
+                model = load_adapted(config.model, adapter)
+                lm = harness.wrap(model, load_tokenizer(config.model), config.evaluation.batch_size)
+            indices = pending[start : start + config.evaluation.chunk]
+            begun = time.monotonic()
+            found = _predictions(name, task, harness.run_items(lm, tasks[task], indices))
+            seconds = round(time.monotonic() - begun, 3)
+            row = {"task": task, "items": indices, "seconds": seconds, "predictions": [asdict(p) for p in found]}
+            append_jsonl(partial, [row])
+            chunks.append(row)
+            done |= dict(zip(indices, found, strict=True))
+        in_order = [done[index] for index in range(sizes[task])]
+        _log(task, in_order)
+        predictions += in_order
+
+    by_task = {task: [p for p in predictions if p.task == task] for task in names}
+    if mode == "generate":
+        used["lenient_accuracy"] = {task: lenient_accuracy(found) for task, found in by_task.items()}
+    return (
+        Evaluation(
+            protocol=name,
+            tasks={task: task_result(found) for task, found in by_task.items()},
+            seconds=round(sum(row["seconds"] for row in chunks), 3),
+            settings=used,
+        ),
+        predictions,
+    )
+
+
+def _log(task: str, predictions: Sequence[Prediction]) -> None:
+    result = task_result(predictions)
+    unparsed = "" if result.unparsed is None else f", {result.unparsed:.1%} without an answer"
+    logger.info("%s: accuracy %.1f%% of %d%s", task, 100 * result.value, result.n, unparsed)
+
+
+# ------------------------------------------------------------------------------------------------------------ command
+
+
+def main(config: Config) -> None:
+    names = check(config)
+    name = evaluation_name(config)
+    record = locate(config)
+    if config.dry_run:
+        logger.info("would evaluate %s on %s: %s", record.path, ", ".join(names), settings(config))
+        return
+    if _is_done(config, record, name):
+        return
+    _adapter(config, record)
+    with record.stage(STAGE):
+        if is_base(config) and not record.config_path.exists():
+            write_atomic(record.config_path, launch.dump(config))
+        evaluation, predictions = evaluate(config, record, names)
+        record.add_evaluation(name, evaluation, predictions)
+    logger.info("%s: mean accuracy %.1f%% over %d tasks: %s", name, 100 * evaluation.mean, len(names), record.path)
+
+
+if __name__ == "__main__":
+    launch.run(main, Config, CONF_MODULE, not_in_label=NOT_IN_LABEL)

@@ -1,0 +1,94 @@
+"""What the task files refer to: reading the prepared items, building prompts, scoring responses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from commonsense_reasoning.extraction import first_answer, last_answer
+from commonsense_reasoning.prompts import EVALUATE_PROMPTS
+from commonsense_reasoning.tasks import OUTPUT_PREFIX, TASKS, offered_labels
+from moslora_core.errors import UserError
+from moslora_core.record import read_json
+
+Item = dict[str, str]
+
+_FIELDS = ("id", "instruction", "input", "answer")
+
+
+def read_items(data_dir: str | Path, task: str) -> list[Item]:
+    """Test items of ``task`` below ``data_dir``, checked.
+
+    Raises:
+        UserError: unprepared or damaged data, an item without a field, an answer that the item does not offer.
+    """
+    path = Path(data_dir) / "test" / f"{task}.json"
+    if not path.is_file():
+        raise UserError(
+            f"no test items at {path}; prepare them: python -m commonsense_reasoning.prepare_data scale=<scale>"
+        )
+    rows = read_json(path)
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{path}: expected a list of items, found {str(rows)[:40]}")
+    seen = set()
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in _FIELDS):
+            raise UserError(f"{path}: item {number} must be an object with the texts {', '.join(_FIELDS)}")
+        if row["id"] in seen:
+            raise UserError(f"{path}: item {number} has the id {row['id']!r} of an earlier one")
+        seen.add(row["id"])
+        if row["answer"] not in labels(task, row):
+            raise UserError(f"{path}: {row['id']} has answer {row['answer']!r}, but offers {labels(task, row)}")
+    return rows
+
+
+def labels(task: str, item: Item) -> list[str]:
+    """The label words between which an item asks to choose."""
+    return list(offered_labels(item["instruction"]) or TASKS[task].labels)
+
+
+# ------------------------------------------------------------------------------------------------------ task files
+
+
+def dataset(task: str, data_dir: str | None = None, **_: Any) -> dict[str, Dataset]:
+    """``custom_dataset``: the items of ``task`` in ``data_dir``, which ``--metadata`` gives to every task."""
+    if data_dir is None:
+        raise UserError('these tasks need --metadata \'{"data_dir": "<folder written by prepare_data>"}\'')
+    rows = read_items(data_dir, task)
+    columns = [{**{name: row[name] for name in _FIELDS}, "task": task, "choices": labels(task, row)} for row in rows]
+    return {"test": Dataset.from_list(columns)}
+
+
+def paper_prompt(doc: Item) -> str:
+    return EVALUATE_PROMPTS["paper"](doc["instruction"], doc["input"])
+
+
+def corrected_prompt(doc: Item) -> str:
+    return EVALUATE_PROMPTS["corrected"](doc["instruction"], doc["input"])
+
+
+def paper_context(doc: Item) -> str:
+    """What a label is scored after: the prompt and the response up to it.
+
+    The space before the label is the tasks' ``target_delimiter``, so that it is scored with the label: byte-level
+    tokenizers make one token of it and the word that follows, as in a training text.
+    """
+    return paper_prompt(doc) + OUTPUT_PREFIX.rstrip(" ")
+
+
+def corrected_context(doc: Item) -> str:
+    """As :func:`paper_context`, after the corrected prompt."""
+    return corrected_prompt(doc) + OUTPUT_PREFIX.rstrip(" ")
+
+
+def score_response(doc: Item, responses: list[str]) -> dict[str, float]:
+    """Metrics of one generated response: the published rule's accuracy, a lenient rule's, and no answer found."""
+    task, (response,) = doc["task"], responses
+    answer = first_answer(task, response)
+    return {
+        "acc": float(answer == doc["answer"]),
+        "acc_lenient": float(last_answer(task, response) == doc["answer"]),
+        "unparsed": float(answer is None),
+    }

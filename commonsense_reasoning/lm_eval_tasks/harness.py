@@ -1,0 +1,154 @@
+"""The seam to lm-eval: loading tasks, the model wrapper, running items of a task. Only ``evaluate`` imports it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+import torch
+from lm_eval import evaluator
+from lm_eval.api.task import Task
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from moslora_core.errors import UserError
+
+TASKS_DIR = Path(__file__).parent
+
+# lm-eval's own task for each benchmark, and its folder. They ask otherwise (the options' texts are scored, BoolQ comes
+# with its passage), so their numbers stand beside others' harness numbers, not beside the paper's.
+HARNESS_TASKS = {
+    "ARC-Easy": ("arc_easy", "arc"),
+    "openbookqa": ("openbookqa", "openbookqa"),
+    "social_i_qa": ("social_iqa", "siqa"),
+    "ARC-Challenge": ("arc_challenge", "arc"),
+    "winogrande": ("winogrande", "winogrande"),
+    "piqa": ("piqa", "piqa"),
+    "boolq": ("boolq", "super_glue/boolq"),
+    "hellaswag": ("hellaswag", "hellaswag"),
+}
+
+# What lm-eval warns of on every use that is as intended here: a model in memory, data by way of the metadata.
+_EXPECTED = (
+    "`pretrained` model kwarg is not of type `str`",
+    "Passed an already-initialized model through `pretrained`",
+    "Custom kwargs can be passed to `--metadata`",
+)
+
+
+class _Unexpected(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not any(text in record.getMessage() for text in _EXPECTED)
+
+
+@contextmanager
+def without_expected_warnings() -> Iterator[None]:
+    """Drops the warnings that name nothing wrong; every other message of lm-eval stays."""
+    loggers = [logging.getLogger(f"lm_eval.{name}") for name in ("models.huggingface", "api.task")]
+    unexpected = _Unexpected()
+    for logger in loggers:
+        logger.addFilter(unexpected)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(unexpected)
+
+
+class CausalLM(HFLM):
+    """lm-eval's wrapper of a transformers model, with a generation that does not depend on the batch.
+
+    lm-eval stops generating by looking for the end token's text in as many rows as there are prompts. Under beam
+    search the rows are hypotheses, so that rule ends a search early, depending on what else is in the batch. Here
+    transformers' own rule ends it: at the end token, for every hypothesis. Stop texts are cut off afterwards, by
+    lm-eval.
+    """
+
+    def _model_generate(self, context, max_length: int, stop: list[str], **generation_kwargs: Any) -> torch.Tensor:
+        generation_kwargs.pop("temperature", None)  # lm-eval's 0.0 for "no sampling", which do_sample says
+        return self.model.generate(
+            input_ids=context,
+            max_length=max_length,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self._end_tokens(),
+            **generation_kwargs,
+        )
+
+    def _end_tokens(self) -> list[int]:
+        """The tokenizer's end token, which training teaches, and those of the base (chat models have several)."""
+        configured = self.model.generation_config.eos_token_id
+        known = configured if isinstance(configured, list) else [configured]
+        return sorted({self.tokenizer.eos_token_id, *(token for token in known if token is not None)})
+
+
+def wrap(model, tokenizer, batch_size: int) -> CausalLM:
+    """The model as lm-eval takes it, on the device where it is."""
+    with without_expected_warnings():
+        # Log-probabilities in bfloat16 would tie, and a tie falls to the first label.
+        return CausalLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+
+
+def load_tasks(mode: str, protocol: str, names: Sequence[str], data_dir: str) -> dict[str, Task]:
+    """This package's tasks of one protocol, by our names. Only the named ones need prepared data."""
+    manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=False, metadata={"data_dir": data_dir})
+    specs = {name: f"llm_adapters_{mode}_{protocol}_{name}" for name in names}
+    with without_expected_warnings():
+        loaded = manager.load(list(specs.values()))["tasks"]
+    return {name: loaded[spec] for name, spec in specs.items()}
+
+
+def load_harness_tasks(names: Sequence[str]) -> dict[str, Task]:
+    """lm-eval's own tasks, by our names.
+
+    Raises:
+        UserError: their data is neither cached nor reachable.
+    """
+    shipped = Path(lm_eval.tasks.__file__).parent
+    # The named folders alone: indexing all of lm-eval's tasks takes most of a minute.
+    folders = sorted({str(shipped / HARNESS_TASKS[name][1]) for name in names})
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    try:
+        loaded = manager.load([HARNESS_TASKS[name][0] for name in names])["tasks"]
+    # datasets and its clients report a missing network in a dozen ways; all of them mean the same here.
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            "evaluation.mode=harness downloads lm-eval's own data from the Hugging Face hub, which failed: "
+            f"{reason}; the modes generate and loglikelihood read data.dir"
+        ) from None
+    return {name: loaded[HARNESS_TASKS[name][0]] for name in names}
+
+
+def assert_evaluating(model: torch.nn.Module) -> None:
+    """Refuses to score with dropout on, as the published evaluation did: it never leaves the training mode.
+
+    Raises:
+        RuntimeError: a module is in training mode.
+    """
+    training = [name or type(module).__name__ for name, module in model.named_modules() if module.training]
+    if training:
+        raise RuntimeError(
+            f"{len(training)} modules are in training mode, {training[0]} among them: their dropout would blur the "
+            "scores; call model.eval() first"
+        )
+
+
+def run_items(lm: CausalLM, task: Task, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """lm-eval's per-item samples of the items at ``indices`` (ascending) of ``task``, in that order."""
+    assert_evaluating(lm.model)
+    name = task.config.task
+    results = evaluator.evaluate(
+        lm=lm,
+        task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
+        samples={name: list(indices)},
+        bootstrap_iters=0,  # standard errors are ours: these are pieces of a task
+        log_samples=True,
+    )
+    samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
+    if [sample["doc_id"] for sample in samples] != list(indices):
+        raise RuntimeError(f"lm-eval returned other items of {name} than the {len(indices)} it was asked for")
+    return samples
