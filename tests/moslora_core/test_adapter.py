@@ -87,21 +87,20 @@ def test_dropout_is_on_the_input_of_a():
     assert torch.allclose(y, layer.base_layer(x) + 2 * dropped @ A.T @ M.T @ B.T, atol=1e-6)
 
 
-def test_attention_mixes_both_projections():
-    model = scramble(ATTENTION.model())
-    attention = model.base_model.model.layer
-    out = attention.base_layer.out_proj
-    x = ATTENTION.batch()
-    A, M, B = factors(attention)
-    A2, M2, B2 = factors(out)
-    assert M.shape == M2.shape == (4, 4)
-    plain = nn.MultiheadAttention(8, 2, batch_first=True).eval()
-    with torch.no_grad():
-        plain.in_proj_weight.copy_(attention.base_layer.in_proj_weight + 2 * B @ M @ A)
-        plain.in_proj_bias.copy_(attention.base_layer.in_proj_bias)
-        plain.out_proj.weight.copy_(out.base_layer.weight + 2 * B2 @ M2 @ A2)
-        plain.out_proj.bias.copy_(out.base_layer.bias)
-    assert torch.allclose(attention(x, x, x)[0], plain(x, x, x)[0], atol=1e-5)
+def test_attention_is_plain_lora_with_folded_factors():
+    """Input and output projection both: PEFT's layer for attention, with B @ M in the place of B."""
+    model, x = scramble(ATTENTION.model()), ATTENTION.batch()
+    lora = ATTENTION.model(mixer="identity")
+    assert len(lora_layers(model)) == 2
+    for name, layer in lora_layers(lora).items():
+        A, M, B = factors(lora_layers(model)[name])
+        with torch.no_grad():
+            layer.lora_A["default"].weight.copy_(A)
+            layer.lora_B["default"].weight.copy_(B @ M)
+    assert torch.equal(model(x), lora(x))
+    train(model, x, steps=1)
+    mixers = [factors(layer)[1] for layer in lora_layers(model).values()]
+    assert all(torch.count_nonzero(M.grad) > 0 for M in mixers)
 
 
 # --------------------------------------------------------------------------------------------------- the mixer's draw
