@@ -14,7 +14,19 @@ from .tasks import TASKS
 EXPERIMENT = "commonsense_reasoning"
 CONF_MODULE = f"{EXPERIMENT}.conf"
 # Keys that change how a run is evaluated, not which run it is.
-NOT_IN_LABEL = ("evaluation.", "data.dir", "data.source", "data.path", "model.cache_dir")
+# data.train_items stays in the name: it is the fraction of Figure 4.
+NOT_IN_LABEL = (
+    "evaluation",
+    "data.dir",
+    "data.source",
+    "data.path",
+    "data.train_files",
+    "data.test_file",
+    "data.test_items",
+    "data.tasks",
+    "data.published_sizes",
+    "model.cache_dir",
+)
 
 
 @dataclass

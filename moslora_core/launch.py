@@ -47,7 +47,7 @@ def run(
     """Composes ``config_module``'s ``config`` from the command line and calls ``main`` with a ``schema`` instance.
 
     Args:
-        not_in_label: prefixes of keys that do not name a run, such as ``evaluation.``.
+        not_in_label: keys, or whole groups such as ``evaluation``, that do not name a run.
 
     Exits with status 2 after one line on stderr for a :class:`UserError` or a wrong key, value or option.
     """
@@ -132,6 +132,7 @@ def _one_line(error: Exception) -> str:
 def _label(overrides: Iterable[str], not_in_label: Sequence[str]) -> str:
     def named(override: str) -> bool:
         key = override.lstrip("+~").split("=", 1)[0].split("@", 1)[0]
-        return key not in _NOT_IN_LABEL and not key.startswith(("hydra", *not_in_label))
+        skipped = (*_NOT_IN_LABEL, *not_in_label)
+        return key not in skipped and key.split(".", 1)[0] not in ("hydra", *not_in_label)
 
     return override_label(override for override in overrides if named(override))

@@ -1,0 +1,99 @@
+"""From prepared items to token sequences."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from moslora_core.errors import UserError
+from moslora_core.record import read_json
+
+from .config import DataConfig, ProtocolConfig
+from .prepare_data import MANIFEST_FILE, TRAIN_FILE, read_items
+from .prompts import TRAIN_PROMPTS
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # label of a token that carries no loss
+
+
+def encode(
+    item: dict[str, str], tokenizer: PreTrainedTokenizerBase, protocol: ProtocolConfig, cutoff: int
+) -> dict[str, Any]:
+    """Tokens and labels of one training item: prompt, response, end of sequence.
+
+    protocol=paper tokenises prompt and response as one text, as the published script does, and cuts at the right.
+    protocol=corrected tokenises them apart, so that the response's tokens are those that evaluation scores whatever
+    the tokenizer would merge across the border, and cuts the prompt at its left: the answer is never lost.
+
+    Returns:
+        input_ids, attention_mask, labels (lists of one length, at most ``cutoff``), and truncated.
+    """
+    prompt = TRAIN_PROMPTS[protocol.name](item["instruction"], item["input"])
+    if protocol.loss_on_prompt:
+        tokens = tokenizer(prompt + item["output"])["input_ids"] + [tokenizer.eos_token_id]
+        labels = list(tokens)
+        kept = slice(0, cutoff)
+    else:
+        head = tokenizer(prompt)["input_ids"]
+        response = tokenizer(item["output"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        tokens = head + response
+        labels = [IGNORED] * len(head) + response
+        kept = slice(max(0, len(tokens) - cutoff), None)
+    truncated = len(tokens) > cutoff
+    tokens, labels = tokens[kept], labels[kept]
+    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels, "truncated": truncated}
+
+
+def check_prepared(data: DataConfig) -> None:
+    """Checks that ``data.dir`` holds prepared data and that it is the subset that the configuration asks for."""
+    manifest_path = Path(data.dir) / MANIFEST_FILE
+    if not manifest_path.exists():
+        raise UserError(
+            f"data.dir={data.dir}: no prepared data; run python -m commonsense_reasoning.prepare_data "
+            "with the same settings first"
+        )
+    subset = read_json(manifest_path).get("subset", {})
+    if data.train_items is not None and subset.get("train_items") != data.train_items:
+        raise UserError(
+            f"data.train_items={data.train_items}, but {data.dir} was prepared with {subset.get('train_items')}; "
+            "run prepare_data with the same settings, or name another data.dir"
+        )
+
+
+def load_training(
+    data: DataConfig, protocol: ProtocolConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Training and validation sequences of the prepared data.
+
+    Raises:
+        UserError: unprepared data, or a validation split that leaves nothing to train on.
+    """
+    check_prepared(data)
+    if data.cutoff < 2:
+        raise UserError(f"data.cutoff must be at least 2 tokens, found {data.cutoff}")
+    path = Path(data.dir) / TRAIN_FILE
+    items = read_items(path)
+    if not 0 <= data.validation_items < len(items):
+        raise UserError(
+            f"data.validation_items={data.validation_items} must be below the number of training items, {len(items)}"
+        )
+    encoded = datasets.Dataset.from_list(items).map(
+        lambda item: encode(item, tokenizer, protocol, data.cutoff),
+        remove_columns=list(items[0]),
+        keep_in_memory=True,
+        desc="tokenising",
+    )
+    if cut := sum(encoded["truncated"]):
+        logger.warning("%d of %d training items were longer than data.cutoff=%d tokens", cut, len(items), data.cutoff)
+    encoded = encoded.remove_columns("truncated")
+    if data.validation_items == 0:
+        return encoded, None
+    split = encoded.train_test_split(
+        test_size=data.validation_items, shuffle=True, seed=data.validation_seed, keep_in_memory=True
+    )
+    return split["train"], split["test"]

@@ -1,0 +1,275 @@
+"""Prepares the items: ``python -m commonsense_reasoning.prepare_data scale=smoke``.
+
+Reads the LLM-Adapters collection from a local folder or from the hub, or generates the smoke world, checks it, and
+writes one folder that the other commands read:
+
+    train.json            items of the training mixture
+    test/<task>.json      items of each benchmark
+    manifest.json         sources with sha256, counts, label counts, duplicates, sha256 of what was written
+
+An item is {"id", "instruction", "input", "output", "answer"}; the id names file and row of the source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from moslora_core import launch
+from moslora_core.errors import UserError
+from moslora_core.record import read_json
+
+from . import smoke_world
+from .config import CONF_MODULE, NOT_IN_LABEL, Config, DataConfig
+from .tasks import ITEM_FIELDS, TASKS, offered_labels
+
+logger = logging.getLogger(__name__)
+
+TRAIN_FILE = "train.json"
+MANIFEST_FILE = "manifest.json"
+SOURCES = ("smoke", "folder", "hub")
+
+Item = dict[str, str]
+
+
+def test_file(task: str) -> str:
+    return f"test/{task}.json"
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def check_item(row: Any, where: str, labels: tuple[str, ...] | None = None) -> Item:
+    """One row as an item of strings.
+
+    Args:
+        where: file and index, for the error.
+        labels: label words of the task; None accepts those of any task.
+
+    Raises:
+        UserError: a missing field, one that is no string, or an answer that is no label or not in the output.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with {', '.join(ITEM_FIELDS)}, found {type(row).__name__}")
+    for name in ITEM_FIELDS:
+        if name not in row:
+            raise UserError(f"{where}: field {name!r} is missing; expected {', '.join(ITEM_FIELDS)}")
+        if not isinstance(row[name], str):
+            raise UserError(f"{where}: {name} must be a string, found {type(row[name]).__name__}")
+    if not row["instruction"].strip():
+        raise UserError(f"{where}: instruction is empty")
+    allowed = labels or offered_labels(row["instruction"]) or sum((task.labels for task in TASKS.values()), ())
+    if row["answer"] not in allowed:
+        raise UserError(f"{where}: answer must be one of {'/'.join(allowed)}, found {row['answer']!r}")
+    if row["answer"] not in row["output"]:
+        raise UserError(f"{where}: output must state the answer {row['answer']!r}, found {row['output']!r}")
+    return {name: row[name] for name in ITEM_FIELDS}
+
+
+def read_items(path: Path, labels: tuple[str, ...] | None = None, prefix: str | None = None) -> list[Item]:
+    """Items of a JSON file, each with an id ``<prefix>/<row>``.
+
+    Raises:
+        UserError: the file is missing, is no JSON list of items, or is empty; a bad row is named by file and index.
+    """
+    if not path.is_file():
+        raise UserError(f"no data file {path}; expected a JSON list of LLM-Adapters items")
+    rows = read_json(path)
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{path}: expected a non-empty JSON list of items, found {type(rows).__name__}")
+    prefix = path.stem if prefix is None else prefix
+    return [{"id": f"{prefix}/{i}", **check_item(row, f"{path}[{i}]", labels)} for i, row in enumerate(rows)]
+
+
+def _read_folder(data: DataConfig) -> tuple[list[Item], dict[str, list[Item]], dict[str, str]]:
+    if data.path is None:
+        raise UserError("data.source=folder needs data.path: the folder of LLM-Adapters JSON files")
+    root = Path(data.path)
+    if not root.is_dir():
+        raise UserError(f"data.path={data.path}: no such folder; expected the LLM-Adapters JSON files in it")
+    if not data.train_files:
+        raise UserError("data.train_files is empty; name at least one file below data.path")
+    tests = {name: root / data.test_file.format(task=name) for name in data.tasks}
+    trains = [root / name for name in data.train_files]
+    train = [item for path in trains for item in read_items(path)]
+    test = {name: read_items(path, TASKS[name].labels, prefix=name) for name, path in tests.items()}
+    return train, test, {str(path.relative_to(root)): _sha256(path) for path in [*trains, *tests.values()]}
+
+
+def _read_hub(data: DataConfig) -> tuple[list[Item], dict[str, list[Item]], dict[str, str]]:
+    """The same files from a dataset repository of the hub; the layout below the repository is that of a folder."""
+    if data.path is None:
+        raise UserError("data.source=hub needs data.path: the id of a dataset repository with the LLM-Adapters files")
+    from datasets import load_dataset
+
+    def load(file: str, labels: tuple[str, ...] | None, prefix: str) -> list[Item]:
+        try:
+            rows = load_dataset(data.path, data_files=file, split="train")
+        except Exception as error:  # the hub's client raises many kinds, all with the reason in the first line
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"data.path={data.path}: cannot load {file} from the hub: {reason}") from None
+        return [
+            {"id": f"{prefix}/{i}", **check_item(row, f"{data.path}/{file}[{i}]", labels)}
+            for i, row in enumerate(rows)
+        ]
+
+    train = [item for file in data.train_files for item in load(file, None, Path(file).stem)]
+    test = {name: load(data.test_file.format(task=name), TASKS[name].labels, name) for name in data.tasks}
+    return train, test, {"hub": data.path}
+
+
+def _generate(data: DataConfig) -> tuple[list[Item], dict[str, list[Item]], dict[str, str]]:
+    if data.train_items is None or data.test_items is None:
+        raise UserError("data.source=smoke needs data.train_items and data.test_items")
+    world = smoke_world.generate(data.subset_seed, data.train_items, data.test_items)
+    named = {
+        split: [{"id": f"{split}/{i}", **item} for i, item in enumerate(items)]
+        for split, items in world.items()
+        if split == smoke_world.TRAIN or split in data.tasks
+    }
+    train = named.pop(smoke_world.TRAIN)
+    return train, named, {"generated": f"smoke world, seed {data.subset_seed}"}
+
+
+_READERS = {"smoke": _generate, "folder": _read_folder, "hub": _read_hub}
+
+# ----------------------------------------------------------------------------------------------------------- checking
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _key(item: Item) -> str:
+    return " ".join(item["instruction"].split()).lower()
+
+
+def describe(train: list[Item], test: dict[str, list[Item]]) -> dict[str, Any]:
+    """Composition of the data: sizes, label counts, and duplicates within and between training and test."""
+    train_keys = Counter(_key(item) for item in train)
+
+    def labels(items: list[Item]) -> dict[str, int]:
+        return dict(sorted(Counter(item["answer"] for item in items).items()))
+
+    return {
+        "train": {
+            "items": len(train),
+            "labels": labels(train),
+            "duplicates": sum(count - 1 for count in train_keys.values()),
+        },
+        "test": {
+            name: {
+                "items": len(items),
+                "labels": labels(items),
+                "duplicates": len(items) - len({_key(item) for item in items}),
+                "also_in_train": sum(_key(item) in train_keys for item in items),
+            }
+            for name, items in test.items()
+        },
+    }
+
+
+def _check_config(data: DataConfig) -> None:
+    if data.source not in SOURCES:
+        raise UserError(f"data.source must be one of {', '.join(SOURCES)}, found {data.source!r}")
+    if unknown := [name for name in data.tasks if name not in TASKS]:
+        raise UserError(f"data.tasks: unknown task {unknown[0]!r}; expected some of {', '.join(TASKS)}")
+    if not data.tasks:
+        raise UserError(f"data.tasks is empty; expected some of {', '.join(TASKS)}")
+    for name in ("train_items", "test_items"):
+        if (count := getattr(data, name)) is not None and count < 1:
+            raise UserError(f"data.{name} must be positive or null, found {count}")
+
+
+def prepare(data: DataConfig) -> dict[str, Any]:
+    """Reads, checks and writes the items of one configuration to ``data.dir``; returns the manifest.
+
+    The folder appears whole or not at all, and replaces an earlier one only at the end.
+
+    Raises:
+        UserError: for any bad input, before anything is written.
+    """
+    _check_config(data)
+    train, test, sources = _READERS[data.source](data)
+    if data.published_sizes:
+        for name, items in test.items():
+            if len(items) != TASKS[name].test_items:
+                raise UserError(
+                    f"{name}: {len(items)} test items, expected the published {TASKS[name].test_items}; "
+                    "set data.published_sizes=false for another selection"
+                )
+    if data.train_items is not None and data.source != "smoke":
+        if data.train_items > len(train):
+            raise UserError(f"data.train_items={data.train_items}: the training files hold {len(train)} items only")
+        train = random.Random(data.subset_seed).sample(train, data.train_items)
+    if data.test_items is not None:
+        test = {name: items[: data.test_items] for name, items in test.items()}
+    manifest = {
+        "source": data.source,
+        "sources": sources,
+        "subset": {"train_items": data.train_items, "test_items": data.test_items, "seed": data.subset_seed},
+        **describe(train, test),
+    }
+    _write(Path(data.dir), {TRAIN_FILE: train, **{test_file(name): items for name, items in test.items()}}, manifest)
+    return manifest
+
+
+def _write(target: Path, files: dict[str, list[Item]], manifest: dict[str, Any]) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise UserError(f"data.dir={target}: cannot write: {error.strerror}") from None
+    try:
+        written = {}
+        for name, items in files.items():
+            path = temporary / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(items, ensure_ascii=False, indent=1), encoding="utf-8")
+            written[name] = _sha256(path)
+        manifest["files"] = written
+        (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        os.chmod(temporary, 0o755)
+        if target.exists():
+            if not (target / MANIFEST_FILE).exists() and any(target.iterdir()):
+                raise UserError(f"data.dir={target} holds something else; expected prepared data or no such folder")
+            shutil.rmtree(target)
+        temporary.rename(target)
+    except OSError as error:
+        raise UserError(f"data.dir={target}: cannot write: {error.strerror}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ command
+
+
+def main(config: Config) -> None:
+    manifest = prepare(config.data)
+    logger.info("train: %d items, %d duplicates", manifest["train"]["items"], manifest["train"]["duplicates"])
+    for name, entry in manifest["test"].items():
+        logger.info(
+            "%s: %d items, labels %s, %d duplicates, %d also in train",
+            name,
+            entry["items"],
+            entry["labels"],
+            entry["duplicates"],
+            entry["also_in_train"],
+        )
+    logger.info("written to %s", config.data.dir)
+
+
+if __name__ == "__main__":
+    launch.run(main, Config, CONF_MODULE, not_in_label=NOT_IN_LABEL)
