@@ -21,6 +21,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from moslora_core import MOSLORA, MoSLoraConfig, MoSLoraModel, UserError
 from moslora_core.fold import fold_to_lora
@@ -92,10 +93,13 @@ def test_training_moves_every_trainable_tensor_and_nothing_else(kind, mixer):
         key for key in before if "mixer" in key and mixer["mixer"] != "learned"
     }
     y = model(x)
-    train(model, x, steps=3)
+    train(model, x, steps=3, optimizer=torch.optim.AdamW)
     assert not close(model(x), y)
     for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key]) == (key not in trainable), key
+        if key in trainable:
+            assert not torch.equal(value, before[key]), key
+        else:
+            assert same(kind, value, before[key]), key
 
 
 # --------------------------------------------------------------------------------------------------------- save, load
@@ -162,20 +166,27 @@ def test_loaded_to_train_on(mixer, tmp_path):
 def test_auto_classes(mixer, tmp_path):
     torch.manual_seed(0)
     tiny_llama().save_pretrained(tmp_path / "base")
-    base = AutoPeftModelForCausalLM  # the class reads the base's path from the adapter
-    from transformers import AutoModelForCausalLM
-
     llama = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     config = MoSLoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM", **mixer)
     model = scramble(get_peft_model(llama, config)).eval()
     ids = LLAMA.batch()
     y = model(ids).logits
     model.save_pretrained(tmp_path / "adapter")
-    loaded = base.from_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert isinstance(loaded.base_model, MoSLoraModel)
     assert torch.equal(loaded(ids).logits, y)
     assert isinstance(PeftConfig.from_pretrained(tmp_path / "adapter"), MoSLoraConfig)
-    assert torch.equal(AutoPeftModel.from_pretrained(tmp_path / "adapter")(ids).logits, y)
+
+
+@few_mixers
+def test_auto_class_without_a_task(mixer, tmp_path):
+    torch.manual_seed(0)
+    tiny_llama().save_pretrained(tmp_path / "base")
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = scramble(get_peft_model(llama, MoSLoraConfig(r=4, target_modules=["q_proj"], **mixer))).eval()
+    y = model(LLAMA.batch()).logits
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(AutoPeftModel.from_pretrained(tmp_path / "adapter")(LLAMA.batch()).logits, y)
 
 
 def test_missing_mixer_is_reported(tmp_path):
@@ -539,7 +550,7 @@ def test_transformers_add_adapter(mixer, tmp_path):
     assert torch.equal(model(ids).logits, base)
     before = adapter_tensors(model)
     before = {key: value.clone() for key, value in before.items()}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for _ in range(3):
         optimizer.zero_grad()
         model(ids, labels=ids).loss.backward()
@@ -644,8 +655,12 @@ def test_bfloat16_base_trains_the_adapter_in_float32(kind, mixer):
             assert parameter.dtype == torch.float32, name
     x = kind.batch()
     x = x.bfloat16() if x.is_floating_point() else x
+    # One context for each, since autocast keeps the weights that it cast for as long as it lasts.
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = train(model, x)(x)
+        train(model, x, steps=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         merged = copy.deepcopy(model).merge_and_unload()(x)
     assert y.dtype == torch.bfloat16
     assert torch.allclose(merged.float(), y.float(), atol=0.05)
@@ -708,10 +723,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(mixer, use_reentrant):
 
 @pytest.mark.parametrize("mixer", [MIXERS["learned"], MIXERS["frozen_orthogonal"]], ids=["learned", "frozen"])
 @pytest.mark.parametrize("kind", [LINEAR, CONV2D, GROUPED2D, EMBEDDING, DORA_LINEAR], ids=str)
-def test_compiles_as_one_graph(kind, mixer):
+def test_compiles(kind, mixer):
+    # As one graph, but for DoRA, in which PEFT itself breaks the graph.
     torch._dynamo.reset()
     model, x = scramble(kind.model(**mixer)), kind.batch()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=kind is not DORA_LINEAR)
     y, z = model(x), compiled(x)
     assert close(z, y)
     expected = torch.autograd.grad(y.sum(), [p for p in model.parameters() if p.requires_grad])
@@ -775,11 +791,20 @@ def test_the_peft_type_is_a_member_of_the_enum():
 # ------------------------------------------------------------------------------------------------------ quantised base
 
 
-def quantised(layer: nn.Module, *, settings: dict) -> nn.Module:
-    net = nn.Module()
-    net.layer = layer
-    net.forward = lambda x: net.layer(x)
-    return get_peft_model(net, MoSLoraConfig(r=4, lora_alpha=8, target_modules=["layer"], **settings))
+class Quantised(nn.Module):
+    """A model that says, as transformers' do, how it was loaded."""
+
+    def __init__(self, layer: nn.Module, bits: int):
+        super().__init__()
+        self.layer = layer
+        self.is_loaded_in_4bit, self.is_loaded_in_8bit = bits == 4, bits == 8
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def near(a: torch.Tensor, b: torch.Tensor, within: float) -> bool:
+    return (a - b).norm() < within * b.norm()
 
 
 @few_mixers
@@ -791,25 +816,44 @@ def test_nf4_base(mixer):
     layer.weight = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=True, requires_grad=False)
     layer = layer.to("cpu")
 
-    class Base(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return self.layer(x)
-
-    base, x = Base(), torch.randn(3, 64)
+    base, x = Quantised(layer, 4).eval(), torch.randn(3, 64)
     before = base(x)
     model = get_peft_model(base, MoSLoraConfig(r=4, lora_alpha=8, target_modules=["layer"], **mixer)).eval()
-    assert close(model(x), before)
+    # The same layer takes another path through bitsandbytes where gradients are wanted.
+    assert near(model(x), before, 0.01)
     train(model, x, lr=1.0)
     y = model(x)
-    assert not close(y, before)
+    assert not near(y, before, 0.02)
     (adapted,) = lora_layers(model).values()
     assert type(adapted).__name__ == "Linear4bit"
-    A, B = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
-    assert close(y, before + 2 * x @ (B @ A).T)
-    merged = model.merge_and_unload()(x)
-    # Merging quantises again.
-    assert (merged - y).norm() / y.norm() < 0.15
+    assert ("mixer" in dict(adapted.lora_B["default"].named_parameters())) == (mixer["mixer"] == "learned")
+    update = 2 * x @ (adapted.lora_B["default"].weight @ adapted.lora_A["default"].weight).T
+    assert near(y, before + update, 0.01)
+    with torch.no_grad():
+        # Merging quantises the sum again.
+        assert near(model.merge_and_unload()(x), y, 0.15)
+
+
+@few_mixers
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_8_bit_base(mixer, device):
+    bnb = pytest.importorskip("bitsandbytes")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False, threshold=6.0)
+    layer.weight = bnb.nn.Int8Params(torch.randn(64, 64), requires_grad=False, has_fp16_weights=False)
+    base, x = Quantised(layer.to(device), 8).eval(), torch.randn(3, 64, device=device)
+    before = base(x)
+    model = get_peft_model(base, MoSLoraConfig(r=4, lora_alpha=8, target_modules=["layer"], **mixer)).eval()
+    assert near(model(x), before, 0.01)
+    train(model, x, lr=1.0)
+    y = model(x)
+    assert not near(y, before, 0.02)
+    (adapted,) = lora_layers(model).values()
+    assert type(adapted).__name__ == "Linear8bitLt"
+    update = 2 * x @ (adapted.lora_B["default"].weight @ adapted.lora_A["default"].weight).T
+    assert near(y, before + update, 0.02)
+    if device == "cuda":  # on the CPU, merging into 8 bits gives NaN for plain LoRA as well
+        with torch.no_grad():
+            assert near(model.merge_and_unload()(x), y, 0.1)
