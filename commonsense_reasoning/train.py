@@ -10,12 +10,20 @@ import logging
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from moslora_core import launch
@@ -144,6 +152,7 @@ def training_arguments(config: Config, record: RunRecord, steps: int, validates:
             load_best_model_at_end=training.load_best,
             metric_for_best_model="loss" if training.load_best else None,
             gradient_checkpointing=config.model.gradient_checkpointing,
+            disable_tqdm=not sys.stderr.isatty(),
             include_num_input_tokens_seen="non_padding",
             deepspeed=_deepspeed(training.deepspeed),
             report_to=["tensorboard"] if training.tensorboard else [],
@@ -185,6 +194,9 @@ class _Recorder(TrainerCallback):
             "peak_memory_bytes": peak_memory()[0],
         }
         append_jsonl(self.record.metrics_path, [row])
+        if args.disable_tqdm:  # a log file takes lines, not a progress bar
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            logger.info("step %d of %d: %s, %.0f s", state.global_step, state.max_steps, shown, row["seconds"])
 
 
 class _AdaLoraBudget(TrainerCallback):
@@ -262,6 +274,7 @@ def train(config: Config, record: RunRecord) -> Training:
         callbacks=_callbacks(config, record, stopwatch),
         optimizers=(_loraplus(model, config), None),
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     memory, kind = peak_memory()
     _save_adapter(trainer, record)
