@@ -115,7 +115,18 @@ class MixerDict(nn.ParameterDict):
         return (M for _, M in self.items())
 
 
-class _WithProduct:
+class _Products:
+    """B @ M (out, r) by adapter, or B where the adapter has no mixer; computed when asked for."""
+
+    def __init__(self, layer: MixedEmbedding) -> None:
+        self.layer = layer
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        B, mixers = self.layer.lora_embedding_B[name], self.layer.lora_mixer
+        return fold_into_b(B, mixers[name]) if name in mixers else B
+
+
+class _WithProducts:
     """An embedding layer as PEFT's methods should see it: ``lora_embedding_B`` holds B @ M, the rest is the layer's.
 
     A view rather than a change of the layer while a method runs, which a second thread would run into.
@@ -123,10 +134,7 @@ class _WithProduct:
 
     def __init__(self, layer: MixedEmbedding) -> None:
         self.layer = layer
-        mixers = layer.lora_mixer
-        self.lora_embedding_B = {
-            name: fold_into_b(B, mixers[name]) if name in mixers else B for name, B in layer.lora_embedding_B.items()
-        }
+        self.lora_embedding_B = _Products(layer)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
@@ -136,13 +144,13 @@ class MixedEmbedding(Embedding):
     """PEFT's LoRA embedding with mixers in ``lora_mixer``; adapters without one are plain LoRA."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return Embedding.forward(_WithProduct(self), x, *args, **kwargs)
+        return Embedding.forward(_WithProducts(self), x, *args, **kwargs)
 
     def _mixed_batch_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return Embedding._mixed_batch_forward(_WithProduct(self), x, *args, **kwargs)
+        return Embedding._mixed_batch_forward(_WithProducts(self), x, *args, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        return Embedding.get_delta_weight(_WithProduct(self), adapter)
+        return Embedding.get_delta_weight(_WithProducts(self), adapter)
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import Linear as LoraLinear
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -574,6 +577,74 @@ def test_inject_adapter_in_model():
     assert not close(model(x), LINEAR.base()(x))
 
 
+@pytest.mark.parametrize("order", [(MoSLoraConfig, LoraConfig), (LoraConfig, MoSLoraConfig)], ids=["first", "second"])
+def test_beside_plain_lora_in_a_transformers_model(order):
+    """There, unlike in a PeftModel, adapters of different types meet in the same layers."""
+    torch.manual_seed(0)
+    model, ids = tiny_llama().eval(), LLAMA.batch()
+    for name, cls in zip(("one", "two"), order, strict=True):
+        model.add_adapter(
+            cls(r=4, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False), adapter_name=name
+        )
+    for name, cls in zip(("one", "two"), order, strict=True):
+        model.set_adapter(name)
+        keys = adapter_tensors(model, name)
+        assert any("mixer" in key for key in keys) == (cls is MoSLoraConfig)
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert trained and all(f".{name}" in n for n in trained)
+        y = model(ids).logits
+        torch.manual_seed(0)
+        alone = tiny_llama().eval()
+        alone.add_adapter(cls(r=4, target_modules=["q_proj", "embed_tokens"]), adapter_name=name)
+        set_peft_model_state_dict(alone, keys, name)
+        assert torch.equal(alone(ids).logits, y)
+
+
+@few_mixers
+def test_diffusers_unet(mixer):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=4,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        attention_head_dim=2,
+        cross_attention_dim=6,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
+    inputs = (torch.randn(2, 2, 4, 4), torch.tensor([1, 7]), torch.randn(2, 3, 6))
+    with torch.no_grad():
+        before = unet(*inputs).sample
+    unet.requires_grad_(False)
+    unet.add_adapter(MoSLoraConfig(r=2, target_modules=["to_q", "to_v", "conv1"], **mixer))
+    assert torch.equal(unet(*inputs).sample, before)
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.05)
+    losses = []
+    for _ in range(4):
+        loss = (unet(*inputs).sample - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    unet.disable_adapters()
+    with torch.no_grad():
+        assert torch.equal(unet(*inputs).sample, before)
+
+
+def test_hot_swapping_is_refused_by_peft(tmp_path):
+    """It is defined for adapters of type LORA: fold first."""
+    model = LINEAR.model()
+    model.save_pretrained(tmp_path)
+    with pytest.raises((KeyError, ValueError), match="MOSLORA"):
+        hotswap_adapter(model, str(tmp_path), "default")
+
+
 def test_lora_config_on_a_moslora_model_is_pefts_error():
     with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
         LINEAR.model().add_adapter("plain", LoraConfig(target_modules=["layer"]))
@@ -606,9 +677,7 @@ def test_subclasses_of_convolutions_are_refused_by_name():
 
 
 def test_custom_lora_layers_are_refused_by_name():
-    from peft.tuners.lora.layer import Linear
-
-    class OwnLinear(Linear):
+    class OwnLinear(LoraLinear):
         pass
 
     config = LINEAR.config()
@@ -747,20 +816,40 @@ def test_a_deep_copy_is_independent(kind, mixer):
     assert same(kind, model(x), y)
 
 
-@pytest.mark.parametrize("kind", [LINEAR, CONV2D, GROUPED2D, EMBEDDING, ATTENTION], ids=str)
-def test_modules_can_be_pickled_by_torch(kind):
-    """Data-loading and launcher processes send modules; read here without unpickling anything foreign."""
-    model = kind.model()
-    buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
-    buffer.seek(0)
-    restored = torch.load(buffer, weights_only=True)
-    assert all(torch.equal(restored[key], value) for key, value in model.state_dict().items())
+@few_mixers
+@pytest.mark.parametrize("kind", [LINEAR, CONV2D, GROUPED2D, EMBEDDING, LLAMA], ids=str)
+def test_a_model_can_be_sent_to_another_process(kind, mixer):
+    model, x = scramble(kind.model(**mixer)), kind.batch()
+    received = ForkingPickler.loads(ForkingPickler.dumps(model))
+    assert torch.equal(received(x), model(x))
+    assert {n for n, p in received.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+@few_mixers
+@every_kind
+def test_every_parameter_is_found_under_its_name(kind, mixer):
+    """FSDP, ZeRO and offloading look parameters up by name; a property in the way would give them a product."""
+    model = kind.model(**mixer)
+    for name, parameter in model.named_parameters():
+        parent, _, leaf = name.rpartition(".")
+        assert getattr(model.get_submodule(parent), leaf) is parameter, name
+
+
+@few_mixers
+@every_kind
+def test_status_of_layers_and_model(kind, mixer):
+    model = two_adapters(kind, mixer)
+    status = model.get_model_status()
+    assert (status.enabled, status.active_adapters) == (True, ["default"])
+    assert status.available_adapters == ["default", "other"]
+    assert status.requires_grad == {"default": True, "other": False}
+    for layer in model.get_layer_status():
+        assert layer.requires_grad == {"default": True, "other": False}, layer.name
 
 
 def test_embeddings_may_be_used_from_several_threads():
-    from concurrent.futures import ThreadPoolExecutor
-
     model, x = scramble(EMBEDDING.model()), EMBEDDING.batch()
     with torch.no_grad():
         y = model(x)
