@@ -21,6 +21,9 @@ embedding has bare parameters instead of modules; it is the layer that answers w
 parameters up by name.
 
 A learned mixer is a parameter, a frozen one a persistent buffer: both are saved and loaded.
+
+Since ``weight`` is computed, writing to ``weight.data`` changes nothing. PEFT's layers do not do so once an adapter
+exists; its helper ``replace_lora_weights_loftq`` does, and is not for adapters with a mixer.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -73,6 +75,30 @@ def test_scaling(settings, scaling):
     A, M, B = factors(layer)
     assert torch.allclose(layer(x), layer.base_layer(x) + scaling * x @ (B @ M @ A).T, atol=1e-6)
     assert torch.allclose(layer.get_delta_weight("default"), scaling * B @ M @ A, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    r=st.integers(1, 6),
+    alpha=st.integers(1, 64),
+    sizes=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    init=st.sampled_from(["kaiming_uniform", "orthogonal", "gaussian", "identity"]),
+    mixer=st.sampled_from(["learned", "frozen"]),
+    seed=st.integers(0, 2**31),
+)
+def test_update_is_scaling_b_m_a_at_any_size(r, alpha, sizes, init, mixer, seed):
+    torch.manual_seed(seed)
+    base = nn.Sequential(nn.Linear(*sizes)).double()
+    config = MoSLoraConfig(
+        r=r, lora_alpha=alpha, target_modules=["0"], init_lora_weights=False, mixer=mixer, mixer_init=init
+    )
+    layer = only_layer(get_peft_model(base, config))
+    A = layer.lora_A["default"].weight
+    B = layer.lora_B["default"]
+    if config.has_mixer:
+        assert torch.allclose(layer.get_delta_weight("default"), alpha / r * B.raw @ B.mixer @ A, rtol=1e-9)
+    else:
+        assert torch.equal(layer.get_delta_weight("default"), (B.weight @ A) * (alpha / r))
 
 
 def test_dropout_is_on_the_input_of_a():

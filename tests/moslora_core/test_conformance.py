@@ -9,6 +9,7 @@ from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -24,6 +25,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from moslora_core import MOSLORA, MoSLoraConfig, MoSLoraModel, UserError
@@ -835,6 +838,31 @@ def test_every_parameter_is_found_under_its_name(kind, mixer):
     for name, parameter in model.named_parameters():
         parent, _, leaf = name.rpartition(".")
         assert getattr(model.get_submodule(parent), leaf) is parameter, name
+
+
+@pytest.fixture
+def process_group():
+    """A process group of this process alone: parameters become sharded tensors, without a second process."""
+    if dist.is_initialized():
+        pytest.skip("another process group is in use")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@few_mixers
+@pytest.mark.parametrize("kind", [LINEAR, EMBEDDING, LLAMA], ids=str)
+def test_fully_sharded(kind, mixer, process_group):
+    model, x = kind.model(**mixer), kind.batch()
+    sharded = copy.deepcopy(model)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+    train(model, x, optimizer=torch.optim.AdamW)
+    train(sharded, x, optimizer=torch.optim.AdamW)
+    assert close(sharded(x), model(x))
+    found = {
+        key: getattr(value, "full_tensor", lambda value=value: value)() for key, value in sharded.state_dict().items()
+    }
+    assert all(close(value, found[key]) for key, value in model.state_dict().items())
 
 
 @few_mixers
