@@ -13,6 +13,7 @@ two of them meet in a table column:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -39,6 +40,7 @@ from moslora_core.record import (
 from .adapted import adapter_digest, load_adapted
 from .config import CONF_MODULE, EXPERIMENT, NOT_IN_LABEL, Config
 from .extraction import first_answer, last_answer
+from .lm_eval_tasks.functions import read_items
 from .models import load_tokenizer
 from .tasks import TASKS
 
@@ -184,7 +186,7 @@ def _predictions(evaluation: str, name: str, samples: Sequence[dict[str, Any]]) 
     for sample in samples:
         doc, response = sample["doc"], None
         if evaluation.startswith("generate"):
-            (((response,),),) = (sample["resps"],)
+            response = sample["resps"][0][0]
             answer = first_answer(name, response)
         else:
             scores = [score for score, _ in sample["filtered_resps"]]
@@ -214,69 +216,81 @@ def lenient_accuracy(predictions: Sequence[Prediction]) -> float:
     return sum(last_answer(p.task, p.response) == p.gold for p in predictions) / len(predictions)
 
 
+def _load_tasks(config: Config, names: Sequence[str]) -> dict[str, Any]:
+    """lm-eval's tasks by our names, with the generation settings of the configuration."""
+    # lm-eval takes seconds to import: not before everything cheap has been checked.
+    from .lm_eval_tasks import harness
+
+    mode = config.evaluation.mode
+    if mode == "harness":
+        return harness.load_harness_tasks(names)
+    tasks = harness.load_tasks(mode, config.protocol.name, names, config.data.dir)
+    if mode == "generate":
+        generation = {"num_beams": config.protocol.num_beams, "max_gen_toks": config.protocol.max_new_tokens}
+        for task in tasks.values():
+            task.set_config("generation_kwargs", generation, update=True)
+    return tasks
+
+
+def _finished(chunks: Sequence[dict[str, Any]], task: str) -> dict[int, Prediction]:
+    """Predictions in ``chunks`` of one task, by index of the item."""
+    return {
+        index: Prediction(**prediction)
+        for chunk in chunks
+        if chunk["task"] == task
+        for index, prediction in zip(chunk["items"], chunk["predictions"], strict=True)
+    }
+
+
 def evaluate(config: Config, record: RunRecord, names: Sequence[str]) -> tuple[Evaluation, list[Prediction]]:
     """Scores the tasks ``names``, chunk by chunk into the record's partial file.
 
     Raises:
         UserError: unprepared data, an adapter that does not load.
     """
-    # lm-eval takes seconds to import: not before everything cheap has been checked.
     from .lm_eval_tasks import harness
 
-    name, mode = evaluation_name(config), config.evaluation.mode
-    if mode == "harness":
-        tasks = harness.load_harness_tasks(names)
-    else:
-        tasks = harness.load_tasks(mode, config.protocol.name, names, config.data.dir)
+    name = evaluation_name(config)
+    tasks = _load_tasks(config, names)
     limit = config.evaluation.limit
     sizes = {task: min(len(found.eval_docs), limit or len(found.eval_docs)) for task, found in tasks.items()}
     used = settings(config) | {"task_versions": {task: found.VERSION for task, found in tasks.items()}}
+    items = {task: _digest([tasks[task].eval_docs[i] for i in range(size)]) for task, size in sizes.items()}
     adapter = _adapter(config, record)
-    digests = {task: _digest([tasks[task].eval_docs[i] for i in range(size)]) for task, size in sizes.items()}
     partial = record.partial_predictions_path(name)
-    chunks = resume(partial, fingerprint(adapter, used, digests))
-    if mode == "generate":
-        generation = {"num_beams": config.protocol.num_beams, "max_gen_toks": config.protocol.max_new_tokens}
-        for task in tasks.values():
-            task.set_config("generation_kwargs", generation, update=True)
+    chunks = resume(partial, fingerprint(adapter, used, items))
 
-    lm = None
-    predictions: list[Prediction] = []
+    @functools.cache
+    def model() -> harness.CausalLM:  # a resumed evaluation may have nothing left to score
+        loaded = load_adapted(config.model, adapter)
+        return harness.wrap(loaded, load_tokenizer(config.model), config.evaluation.batch_size)
+
+    by_task: dict[str, list[Prediction]] = {}
     for task in names:
-        done: dict[int, Prediction] = {}
-        for row in (row for row in chunks if row["task"] == task):
-            done |= dict(zip(row["items"], (Prediction(**p) for p in row["predictions"]), strict=True))
+        done = _finished(chunks, task)
         pending = [index for index in range(sizes[task]) if index not in done]
         if done:
-            logger.info("%s: %d of %d items are there from before", task, len(done), sizes[task])
+            logger.info("%s: %d of %d items were scored before", task, len(done), sizes[task])
         for start in range(0, len(pending), config.evaluation.chunk):
-            if lm is None:
-                model = load_adapted(config.model, adapter)
-                lm = harness.wrap(model, load_tokenizer(config.model), config.evaluation.batch_size)
             indices = pending[start : start + config.evaluation.chunk]
+            lm = model()
             begun = time.monotonic()
             found = _predictions(name, task, harness.run_items(lm, tasks[task], indices))
             seconds = round(time.monotonic() - begun, 3)
-            row = {"task": task, "items": indices, "seconds": seconds, "predictions": [asdict(p) for p in found]}
-            append_jsonl(partial, [row])
-            chunks.append(row)
+            chunk = {"task": task, "items": indices, "seconds": seconds, "predictions": [asdict(p) for p in found]}
+            append_jsonl(partial, [chunk])
+            chunks.append(chunk)
             done |= dict(zip(indices, found, strict=True))
-        in_order = [done[index] for index in range(sizes[task])]
-        _log(task, in_order)
-        predictions += in_order
+            if len(done) < sizes[task]:
+                logger.info("%s: %d of %d items, %.1f s", task, len(done), sizes[task], seconds)
+        by_task[task] = [done[index] for index in range(sizes[task])]
+        _log(task, by_task[task])
 
-    by_task = {task: [p for p in predictions if p.task == task] for task in names}
-    if mode == "generate":
+    if config.evaluation.mode == "generate":
         used["lenient_accuracy"] = {task: lenient_accuracy(found) for task, found in by_task.items()}
-    return (
-        Evaluation(
-            protocol=name,
-            tasks={task: task_result(found) for task, found in by_task.items()},
-            seconds=round(sum(row["seconds"] for row in chunks), 3),
-            settings=used,
-        ),
-        predictions,
-    )
+    results = {task: task_result(found) for task, found in by_task.items()}
+    seconds = round(sum(chunk["seconds"] for chunk in chunks), 3)
+    return Evaluation(name, results, seconds, used), [p for found in by_task.values() for p in found]
 
 
 def _log(task: str, predictions: Sequence[Prediction]) -> None:
@@ -298,6 +312,9 @@ def main(config: Config) -> None:
     if _is_done(config, record, name):
         return
     _adapter(config, record)
+    if config.evaluation.mode != "harness":
+        for task in names:
+            read_items(config.data.dir, task)
     with record.stage(STAGE):
         if is_base(config) and not record.config_path.exists():
             write_atomic(record.config_path, launch.dump(config))

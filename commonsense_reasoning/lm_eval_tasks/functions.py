@@ -19,15 +19,15 @@ _FIELDS = ("id", "instruction", "input", "answer")
 
 
 def read_items(data_dir: str | Path, task: str) -> list[Item]:
-    """Test items of ``task`` below ``data_dir``, checked.
+    """Test items of ``task`` in a folder that prepare_data wrote.
 
     Raises:
-        UserError: unprepared or damaged data, an item without a field, an answer that the item does not offer.
+        UserError: unprepared or damaged data.
     """
     path = Path(data_dir) / "test" / f"{task}.json"
     if not path.is_file():
         raise UserError(
-            f"no test items at {path}; prepare them: python -m commonsense_reasoning.prepare_data scale=<scale>"
+            f"no test items at {path}; prepare them: python -m commonsense_reasoning.prepare_data with the same scale"
         )
     rows = read_json(path)
     if not isinstance(rows, list) or not rows:
@@ -39,14 +39,15 @@ def read_items(data_dir: str | Path, task: str) -> list[Item]:
         if row["id"] in seen:
             raise UserError(f"{path}: item {number} has the id {row['id']!r} of an earlier one")
         seen.add(row["id"])
-        if row["answer"] not in labels(task, row):
-            raise UserError(f"{path}: {row['id']} has answer {row['answer']!r}, but offers {labels(task, row)}")
+        if row["answer"] not in TASKS[task].labels:
+            raise UserError(f"{path}: {row['id']} has the answer {row['answer']!r}, which is no label of {task}")
     return rows
 
 
 def labels(task: str, item: Item) -> list[str]:
-    """The label words between which an item asks to choose."""
-    return list(offered_labels(item["instruction"]) or TASKS[task].labels)
+    """The label words between which an item asks to choose; all of the task's where its list lacks the answer."""
+    offered = offered_labels(item["instruction"]) or ()
+    return list(offered if item["answer"] in offered else TASKS[task].labels)
 
 
 # ------------------------------------------------------------------------------------------------------ task files

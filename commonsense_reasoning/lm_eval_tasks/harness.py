@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import lm_eval.tasks
 import torch
 from lm_eval import evaluator
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -67,6 +69,12 @@ class CausalLM(HFLM):
     transformers' own rule ends it: at the end token, for every hypothesis. Stop texts are cut off afterwards, by
     lm-eval.
     """
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return super().generate_until(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def _model_generate(self, context, max_length: int, stop: list[str], **generation_kwargs: Any) -> torch.Tensor:
         generation_kwargs.pop("temperature", None)  # lm-eval's 0.0 for "no sampling", which do_sample says

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from commonsense_reasoning.prompts import EVALUATE_PROMPTS, TRAIN_PROMPTS
 from commonsense_reasoning.tasks import OUTPUT_PREFIX, TASKS
@@ -120,4 +120,34 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory, items: dict[str, li
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fluent_llama_dir(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path, items: dict[str, list[dict[str, str]]]
+) -> Path:
+    """The tiny Llama after a few seconds of training: it answers in the right form, and not always rightly."""
+    folder = tmp_path_factory.mktemp("fluent_llama")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    model = LlamaForCausalLM.from_pretrained(tiny_llama_dir)
+    texts = [
+        prompt(item["instruction"]) + item["output"] + tokenizer.eos_token
+        for rows in items.values()
+        for item in rows[1:4]
+        for prompt in (EVALUATE_PROMPTS["corrected"], EVALUATE_PROMPTS["paper"])
+    ]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[:, :40] = -100  # the prompt's fixed words teach nothing
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
+    for step in range(60):
+        rows = order[torch.arange(step * 8, step * 8 + 8) % len(texts)]
+        inputs = {"input_ids": batch["input_ids"][rows], "attention_mask": batch["attention_mask"][rows]}
+        model(**inputs, labels=labels[rows]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
