@@ -252,13 +252,12 @@ def evaluate(config: Config, record: RunRecord, names: Sequence[str]) -> tuple[E
 
     name = evaluation_name(config)
     tasks = _load_tasks(config, names)
-    limit = config.evaluation.limit
-    sizes = {task: min(len(found.eval_docs), limit or len(found.eval_docs)) for task, found in tasks.items()}
+    # Read once: some of lm-eval's own tasks process their documents anew at every access.
+    docs = {task: list(found.eval_docs)[: config.evaluation.limit] for task, found in tasks.items()}
     used = settings(config) | {"task_versions": {task: found.VERSION for task, found in tasks.items()}}
-    items = {task: _digest([tasks[task].eval_docs[i] for i in range(size)]) for task, size in sizes.items()}
     adapter = _adapter(config, record)
     partial = record.partial_predictions_path(name)
-    chunks = resume(partial, fingerprint(adapter, used, items))
+    chunks = resume(partial, fingerprint(adapter, used, {task: _digest(rows) for task, rows in docs.items()}))
 
     @functools.cache
     def model() -> harness.CausalLM:  # a resumed evaluation may have nothing left to score
@@ -268,9 +267,9 @@ def evaluate(config: Config, record: RunRecord, names: Sequence[str]) -> tuple[E
     by_task: dict[str, list[Prediction]] = {}
     for task in names:
         done = _finished(chunks, task)
-        pending = [index for index in range(sizes[task]) if index not in done]
+        pending = [index for index in range(len(docs[task])) if index not in done]
         if done:
-            logger.info("%s: %d of %d items were scored before", task, len(done), sizes[task])
+            logger.info("%s: %d of %d items were scored before", task, len(done), len(docs[task]))
         for start in range(0, len(pending), config.evaluation.chunk):
             indices = pending[start : start + config.evaluation.chunk]
             lm = model()
@@ -281,9 +280,9 @@ def evaluate(config: Config, record: RunRecord, names: Sequence[str]) -> tuple[E
             append_jsonl(partial, [chunk])
             chunks.append(chunk)
             done |= dict(zip(indices, found, strict=True))
-            if len(done) < sizes[task]:
-                logger.info("%s: %d of %d items, %.1f s", task, len(done), sizes[task], seconds)
-        by_task[task] = [done[index] for index in range(sizes[task])]
+            if len(done) < len(docs[task]):
+                logger.info("%s: %d of %d items, %.1f s", task, len(done), len(docs[task]), seconds)
+        by_task[task] = [done[index] for index in range(len(docs[task]))]
         _log(task, by_task[task])
 
     if config.evaluation.mode == "generate":

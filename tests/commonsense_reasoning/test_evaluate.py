@@ -24,6 +24,7 @@ from commonsense_reasoning.tasks import TASKS, offered_labels
 from moslora_core import MoSLoraConfig, launch
 from moslora_core.errors import UserError
 from moslora_core.fold import fold_adapter
+from moslora_core.methods import peft_config
 from moslora_core.record import RunRecord
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -278,6 +279,8 @@ def test_the_base_needs_no_training_and_is_never_trained(make_config):
     assert results.training is None and results.evaluations["loglikelihood-corrected"].tasks["boolq"].n == 6
     assert record.status().state == "finished"
     assert "tuner: none" in record.config_path.read_text()
+    with pytest.raises(UserError, match="nothing to train"):
+        peft_config(config.method, config.adapter, seed=0, total_steps=100)
 
 
 # -------------------------------------------------------------------------------------------------------------- record
