@@ -1,0 +1,130 @@
+"""What holds over the whole repository: who may import whom, one source of versions, documents that stay true."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = ("commonsense_reasoning", "visual_instruction", "subject_driven_t2i")
+FORBIDDEN = {
+    "moslora_core": (*EXPERIMENTS, "analysis"),
+    "analysis": EXPERIMENTS,
+    **{name: (*(other for other in EXPERIMENTS if other != name), "analysis") for name in EXPERIMENTS},
+}
+HEAVY = ("diffusers", "lm_eval", "deepspeed", "matplotlib", "pandas", "datasets", "hydra")
+
+
+def imported(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("package", [name for name in FORBIDDEN if (ROOT / name).is_dir()])
+def test_dependency_rule(package):
+    for path in (ROOT / package).rglob("*.py"):
+        assert not imported(path) & set(FORBIDDEN[package]), path.relative_to(ROOT)
+
+
+def test_importing_the_adapter_stays_light():
+    code = f"import sys, moslora_core; sys.exit(', '.join(set({HEAVY}) & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"imported: {done.stderr}"
+
+
+def test_environment_defers_to_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    *conda, pip = environment["dependencies"]
+    assert [re.split("[=<>]", name)[0] for name in conda] == ["python", "pip"]
+    assert pip["pip"][0] == "-c constraints.txt"
+    (editable,) = pip["pip"][1:]
+    extras = re.fullmatch(r"-e \.\[(.+)\]", editable).group(1).split(",")
+    assert sorted(extras) == sorted(pyproject()["project"]["optional-dependencies"])
+    python = next(name for name in conda if name.startswith("python=")).split("=")[1]
+    assert Requirement(f"python{pyproject()['project']['requires-python']}").specifier.contains(python)
+
+
+def test_constraints_pin_every_dependency_within_its_range():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.lower().replace("_", "-").split("==") for line in lines if line and not line.startswith("#"))
+    project = pyproject()["project"]
+    for text in itertools.chain(project["dependencies"], *project["optional-dependencies"].values()):
+        requirement = Requirement(text)
+        name = requirement.name.lower().replace("_", "-")
+        assert name in pins, f"{name} has no exact version in constraints.txt"
+        assert requirement.specifier.contains(pins[name]), f"{text} excludes the pinned {pins[name]}"
+
+
+def test_makefile_installs_all_extras():
+    (extras,) = re.findall(r"^EXTRAS := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)
+    assert sorted(extras.split(",")) == sorted(pyproject()["project"]["optional-dependencies"])
+
+
+DOCUMENTS = ("README.md", "experiments.md")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_of_the_documents_lead_somewhere(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), f"{document} links to {target}"
+
+
+def commands(document: str) -> list[list[str]]:
+    """The experiments' command lines in a document, as (module, argument, ...)."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    found = re.findall(r"python -m (commonsense_reasoning\.\w+)([^`\n#|]*)", text)
+    return [[module, *re.findall(r"'[^']*'|\S+", arguments)] for module, arguments in found]
+
+
+def test_commands_of_the_documents_compose():
+    """Every module exists, and every override that a document names is a key and value of the configuration."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from commonsense_reasoning.config import CONF_MODULE, Config
+    from moslora_core import launch
+
+    launch.register(Config)
+    named = [command for document in DOCUMENTS for command in commands(document)]
+    assert named
+    for module, *_ in named:
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+    arguments = {argument.strip("'") for _, *rest in named for argument in rest if "=" in argument}
+    overrides = set()
+    for override in OverridesParser.create().parse_overrides(sorted(arguments)):
+        if override.is_sweep_override():
+            overrides.update(f"{override.key_or_group}={value}" for value in override.sweep_string_iterator())
+        else:
+            overrides.add(override.input_line)
+    with initialize_config_module(CONF_MODULE, version_base="1.3"):
+        for override in sorted(overrides):
+            compose("config", overrides=[override])
+
+
+def test_every_make_target_that_the_documents_name_exists():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.M))
+    for document in DOCUMENTS:
+        named = set(re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / document).read_text(encoding="utf-8"), flags=re.M))
+        assert named <= targets, f"{document}: {named - targets}"
