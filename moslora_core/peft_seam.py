@@ -14,6 +14,7 @@ PEFT promises stability for its public functions only. What is used beyond them:
     LoraLayer.lora_A, lora_B (ModuleDict)       hold, by adapter, the module of A or B; the mixer goes inside one
     LoraLayer.lora_embedding_A, _B              the same for embeddings, as bare parameters
     LoraLayer.adapter_layer_names               attributes whose entries follow the adapter: trained, saved, deleted
+    LoraLayer.set_adapter, set_requires_grad    toggle the gradients of ``items()`` of these attributes
     Embedding.forward, _mixed_batch_forward,    read ``self.lora_embedding_B`` and call nothing through ``super()``
       get_delta_weight
     MultiheadAttention.base_layer.out_proj      is a LoRA layer of its own inside the layer

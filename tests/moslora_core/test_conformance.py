@@ -38,6 +38,7 @@ from .kinds import (
     CONV1D_GPT2,
     CONV2D,
     DORA_LINEAR,
+    DORAS,
     EMBEDDING,
     FEW_MIXERS,
     GROUPED2D,
@@ -52,6 +53,8 @@ from .kinds import (
     train,
 )
 
+# PEFT has no mixed batches for attention, DoRA or biases.
+MIXED_BATCHES = [kind for kind in KINDS if kind not in (ATTENTION, BIAS, *DORAS)]
 MERGING = [kind for kind in KINDS if kind.merges]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 merging_kind = pytest.mark.parametrize("kind", MERGING, ids=str)
@@ -362,10 +365,8 @@ def test_lora_beside_a_learned_mixer(kind):
 
 @pytest.mark.parametrize("second", ["learned", "lora"])
 @few_mixers
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (ATTENTION, BIAS)], ids=str)
+@pytest.mark.parametrize("kind", MIXED_BATCHES, ids=str)
 def test_mixed_batch_gives_each_sample_its_adapter(kind, mixer, second):
-    if "dora" in kind.name:
-        pytest.skip("PEFT has no mixed batches with DoRA")
     model, x = two_adapters(kind, mixer, MIXERS[second]), kind.batch(6)
     y = outputs(model, x)
     names = ["default", "__base__", "other", "other", "default", "__base__"]
