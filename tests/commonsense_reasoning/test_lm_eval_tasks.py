@@ -23,7 +23,7 @@ from moslora_core.errors import UserError
 
 MODES = ("generate", "loglikelihood")
 PROTOCOLS = ("paper", "corrected")
-REAL_DATA = Path(os.environ.get("MOSLORA_DATA", "no-real-data")) / "commonsense"
+REAL_DATA = Path(os.environ.get("MOSLORA_DATA", Path(__file__).parents[3] / "shared" / "data")) / "commonsense"
 
 
 def requests(task, indices):
@@ -191,7 +191,7 @@ def test_an_answer_that_an_item_does_not_offer_stays_choosable(data_dir, items):
 
 
 @pytest.mark.shared_data
-@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no real items; MOSLORA_DATA names their folder")
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no real items beside the repository or at MOSLORA_DATA")
 def test_real_items_are_asked_byte_for_byte(tmp_path):
     (tmp_path / "test").mkdir()
     for path in REAL_DATA.glob("*-test.json"):
