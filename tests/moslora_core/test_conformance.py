@@ -320,6 +320,7 @@ def test_only_the_active_adapter_trains(kind, mixer):
     assert not trainable()
     model.base_model.set_adapter(["default", "other"])
     assert trainable() == first | second
+    assert not any(buffer.requires_grad for buffer in model.buffers())
 
 
 @few_mixers
