@@ -15,12 +15,14 @@ run) never meets half of one. A line torn by a kill is recognised and dropped; d
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -154,8 +156,25 @@ def write_atomic(path: Path, text: str) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
+def _json(path: Path, value: Any, indent: int | None = None) -> str:
+    """``value`` as JSON and a newline; NaN and infinities, which JSON lacks, are refused by their key."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError:
+        key, number = next(_non_finite(value), ("", "a value that JSON lacks"))
+        raise UserError(f"cannot write {path}: {key or 'it'} is {number}; expected finite numbers only") from None
+
+
+def _non_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key, value
+    elif isinstance(value, dict | list | tuple):
+        for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _non_finite(entry, f"{key}.{name}" if key else str(name))
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(path, _json(path, value, indent=2))
 
 
 def read_json(path: Path) -> Any:
@@ -169,7 +188,7 @@ def read_json(path: Path) -> Any:
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Appends whole lines and flushes them to the disk, so that a kill costs at most the line being written."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = "".join(_json(path, row) for row in rows)
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(lines)
@@ -186,11 +205,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         UserError: if any other line is not a JSON object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().split(b"\n")  # bytes: a line may be torn inside a character
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: expected UTF-8, found {error}") from None
     rows = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
@@ -198,7 +215,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise UserError(f"{path} line {number} is damaged: expected a JSON object, found {line[:60]!r}")
+            found = line[:60].decode("utf-8", errors="replace")
+            raise UserError(f"{path} line {number} is damaged: expected a JSON object, found {found!r}")
         rows.append(row)
     return rows
 
@@ -206,7 +224,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def repair_jsonl(path: Path, keep=lambda row: True) -> list[dict[str, Any]]:
     """Rewrites a log without a torn last line and without rows that ``keep`` refuses; returns the rows left."""
     rows = [row for row in read_jsonl(path) if keep(row)] if path.exists() else []
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomic(path, "".join(_json(path, row) for row in rows))
     return rows
 
 
@@ -250,14 +268,18 @@ def _training(value: Any, where: str) -> Training:
 
 
 def override_label(overrides: Iterable[str]) -> str:
-    """Folder name of a set of configuration overrides: sorted, safe for a file system, ``default`` when empty."""
-    label = ",".join(sorted(overrides))
-    label = re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", label).strip(".")
-    if len(label) > 160:  # file names end at 255 bytes; keep the readable start and stay distinct
-        import hashlib
+    """Folder name of a set of configuration overrides: sorted, safe for a file system, ``default`` when empty.
 
-        label = f"{label[:140]}~{hashlib.sha256(label.encode()).hexdigest()[:12]}"
-    return label or "default"
+    Distinct sets have distinct names: a digest follows where the readable part had characters replaced or was cut.
+    """
+    given = sorted(set(overrides))
+    if not given:
+        return "default"
+    plain = ",".join(given)
+    label = re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", plain).strip(".")
+    if label == plain and plain.count(",") == len(given) - 1 and len(label) <= 160:  # file names end at 255 bytes
+        return label
+    return f"{label[:140]}~{hashlib.sha256(json.dumps(given).encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
@@ -353,7 +375,7 @@ class RunRecord:
         """
         kept = [row for row in self.predictions() if row["evaluation"] != name]
         rows = kept + [asdict(prediction) for prediction in predictions]
-        write_atomic(self.predictions_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_atomic(self.predictions_path, "".join(_json(self.predictions_path, row) for row in rows))
         results = self.results()
         results.evaluations[name] = evaluation
         self.write_results(results)
@@ -367,8 +389,11 @@ class RunRecord:
 
     # running
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, *, fresh: bool = False) -> Iterator[None]:
         """Runs one stage (``train``, ``evaluate``): status, environment and the lock against a second process.
+
+        Args:
+            fresh: start from an empty folder; what another process is still writing to is never removed.
 
         Raises:
             UserError: if the folder cannot be written, or another process holds it.
@@ -384,6 +409,8 @@ class RunRecord:
         except OSError as error:
             raise UserError(f"cannot write run folder {self.path}: {error.strerror}") from None
         try:
+            if fresh:
+                self._clear(keep=Path(lock.lock_file))
             self.set_status("running", name)
             self._note_environment(name, start=True)
             try:
@@ -397,6 +424,13 @@ class RunRecord:
             self.set_status("finished", name)
         finally:
             lock.release()
+
+    def _clear(self, keep: Path) -> None:
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != keep:
+                path.unlink()
 
     def _note_environment(self, stage: str, start: bool) -> None:
         path = self.path / "environment.json"
