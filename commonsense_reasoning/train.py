@@ -24,7 +24,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from moslora_core import launch
 from moslora_core.count import (
@@ -48,6 +47,8 @@ from .tasks import PUBLISHED_TRAIN_ITEMS
 logger = logging.getLogger(__name__)
 
 STAGE = "train"
+# A stopped run may go on with other values of these.
+_NOT_IN_TRAINING = ("evaluation", "runs_dir", "run_name", "on_finished", "dry_run")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -149,6 +150,7 @@ def training_arguments(config: Config, record: RunRecord, steps: int, validates:
             save_strategy="no" if training.save_steps is None else "steps",
             save_steps=training.save_steps or 500,
             save_total_limit=training.save_total_limit,
+            logging_nan_inf_filter=False,  # it would log a diverged training as one without loss
             load_best_model_at_end=training.load_best,
             metric_for_best_model="loss" if training.load_best else None,
             gradient_checkpointing=config.model.gradient_checkpointing,
@@ -163,11 +165,15 @@ def training_arguments(config: Config, record: RunRecord, steps: int, validates:
             data_seed=config.seed,
             **_precision(training.precision),
         )
-    except ValueError as error:
-        raise UserError(f"training: {str(error).splitlines()[0]}") from None
+    except (ValueError, ImportError) as error:
+        raise UserError(f"training: {str(error).strip().splitlines()[0]}") from None
 
 
 # -------------------------------------------------------------------------------------------------------------- train
+
+
+def _diverged(step: int, name: str, value: float) -> UserError:
+    return UserError(f"training diverged at step {step}: {name} is {value}; lower training.learning_rate")
 
 
 class _Recorder(TrainerCallback):
@@ -181,11 +187,11 @@ class _Recorder(TrainerCallback):
         if not state.is_world_process_zero or not logs or not ({"loss", "eval_loss"} & logs.keys()):
             return
         numbers = {name: logs[name] for name in ("loss", "eval_loss", "grad_norm", "learning_rate") if name in logs}
-        if bad := [name for name, value in numbers.items() if not math.isfinite(value)]:
-            raise UserError(
-                f"training diverged at step {state.global_step}: {bad[0]} is {numbers[bad[0]]}; "
-                "lower training.learning_rate"
-            )
+        if args.fp16 and not math.isfinite(numbers.get("grad_norm", 0.0)):
+            numbers["grad_norm"] = None  # the step was skipped: fp16's loss scale is still being searched
+        for name, value in numbers.items():
+            if value is not None and not math.isfinite(value):
+                raise _diverged(state.global_step, name, value)
         row = {
             "step": state.global_step,
             **numbers,
@@ -209,16 +215,17 @@ class _AdaLoraBudget(TrainerCallback):
 
 def _resume_point(record: RunRecord) -> str | None:
     """Last complete checkpoint of a stopped run; the log is cut back to it."""
-    folder = record.checkpoints_path
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    # Trainer writes its state last: a checkpoint without it was being written when the run was killed.
-    while checkpoint is not None and not (Path(checkpoint) / "trainer_state.json").exists():
-        shutil.rmtree(checkpoint)
-        checkpoint = get_last_checkpoint(str(folder))
-    step = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+    # Trainer writes its state last: a checkpoint without it was being written when the run was killed. It stays where
+    # it is, since other processes may be looking too, until the resumed training writes it again.
+    complete = {
+        int(state.parent.name.rsplit("-", 1)[1]): state.parent
+        for state in record.checkpoints_path.glob("checkpoint-*/trainer_state.json")
+        if state.stat().st_size
+    }
+    step = max(complete, default=0)
     if is_main_process():
         repair_jsonl(record.metrics_path, keep=lambda row: row["step"] <= step)
-    return checkpoint
+    return str(complete[step]) if complete else None
 
 
 def _save_adapter(trainer: Trainer, record: RunRecord) -> None:
@@ -275,7 +282,9 @@ def train(config: Config, record: RunRecord) -> Training:
         optimizers=(_loraplus(model, config), None),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    if not math.isfinite(output.training_loss):  # steps after the last logged one
+        raise _diverged(output.global_step, "loss", output.training_loss)
     memory, kind = peak_memory()
     _save_adapter(trainer, record)
     rows = record.metrics()
@@ -323,7 +332,7 @@ def locate(config: Config) -> RunRecord:
 
 
 def _is_done(config: Config, record: RunRecord) -> bool:
-    """Whether there is nothing to do; refuses or clears a finished run as ``on_finished`` says."""
+    """Whether there is nothing to do; refuses a finished run unless ``on_finished`` says otherwise."""
     if config.on_finished not in ("refuse", "skip", "overwrite"):
         raise UserError(f"on_finished must be refuse, skip or overwrite, found {config.on_finished!r}")
     if not record.is_trained():
@@ -335,9 +344,18 @@ def _is_done(config: Config, record: RunRecord) -> bool:
         raise UserError(
             f"{record.path} is a finished run; on_finished=skip keeps it, on_finished=overwrite replaces it"
         )
-    if is_main_process():
-        shutil.rmtree(record.path)
     return False
+
+
+def _check_resumable(config: Config, record: RunRecord) -> None:
+    """Refuses to go on with a stopped run under settings that would have trained something else."""
+    if not record.checkpoints_path.exists() or not record.config_path.exists():
+        return
+    if changed := launch.differences(config, record.config_path, ignore=_NOT_IN_TRAINING):
+        raise UserError(
+            f"{record.path} holds a stopped run of another configuration: {', '.join(changed)}; "
+            "start it with the same settings, or remove the folder"
+        )
 
 
 def main(config: Config) -> None:
@@ -351,14 +369,11 @@ def main(config: Config) -> None:
     if not is_main_process():  # the first process alone writes the record
         train(config, record)
         return
-    resolved = launch.dump(config)
-    if record.config_path.exists() and record.config_path.read_text() != resolved and record.checkpoints_path.exists():
-        raise UserError(
-            f"{record.path} holds a stopped run of another configuration (config.yaml differs); "
-            "start it with the same settings, or remove the folder"
-        )
-    with record.stage(STAGE):
-        write_atomic(record.config_path, resolved)
+    overwrites = record.is_trained()
+    if not overwrites:
+        _check_resumable(config, record)
+    with record.stage(STAGE, fresh=overwrites):
+        write_atomic(record.config_path, launch.dump(config))
         record.set_training(train(config, record))
         shutil.rmtree(record.checkpoints_path, ignore_errors=True)
     logger.info("finished: %s", record.path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -19,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from .errors import UserError
 from .methods import METHODS
@@ -88,6 +90,30 @@ def fail(error: UserError) -> None:
 def dump(config: Any) -> str:
     """The resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def differences(config: Any, path: Path, ignore: Sequence[str] = ()) -> list[str]:
+    """Settings in which ``config`` differs from one that :func:`dump` wrote to ``path``, as ``key was x, is y``.
+
+    Args:
+        ignore: top-level keys that are not compared.
+    """
+    try:
+        before = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"cannot read {path}: {_one_line(error)}") from None
+    was, now = _flat(before), _flat(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+    return [
+        f"{key} was {was.get(key)}, is {now.get(key)}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key) and key.split(".", 1)[0] not in ignore
+    ]
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {key: value}
+    return {name: entry for k, v in value.items() for name, entry in _flat(v, f"{key}.{k}" if key else str(k)).items()}
 
 
 def _flag(argument: str) -> str:
