@@ -36,7 +36,7 @@ def encode(
     prompt = TRAIN_PROMPTS[protocol.name](item["instruction"], item["input"])
     if protocol.loss_on_prompt:
         tokens = tokenizer(prompt + item["output"])["input_ids"] + [tokenizer.eos_token_id]
-        labels = list(tokens)
+        labels = [IGNORED, *tokens[1:]]  # nothing precedes the first token but, in a batch, padding
         kept = slice(0, cutoff)
     else:
         head = tokenizer(prompt)["input_ids"]
