@@ -1,0 +1,492 @@
+"""Training on a tiny Llama: the run record, seeds, resuming, refusals, the paper's counts, several processes."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+
+from commonsense_reasoning import train as train_module
+from commonsense_reasoning.config import (
+    CONF_MODULE,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ProtocolConfig,
+    ScaleConfig,
+    TrainingConfig,
+)
+from commonsense_reasoning.data import load_training
+from commonsense_reasoning.models import resolve_path
+from commonsense_reasoning.train import locate, main
+from moslora_core import launch
+from moslora_core.errors import UserError
+from moslora_core.methods import METHODS, AdapterConfig, peft_config
+from moslora_core.record import read_json
+
+STEPS = 4
+PROTOCOLS = ("paper", "corrected")
+SCALES = ("smoke", "small", "paper")
+
+
+@pytest.fixture
+def config(tiny_llama_dir, data_dir, tmp_path) -> Config:
+    return Config(
+        method=METHODS["moslora"],
+        scale=ScaleConfig("tiny"),
+        protocol=ProtocolConfig("corrected", loss_on_prompt=False, num_beams=1, max_new_tokens=8),
+        adapter=AdapterConfig(r=4, lora_alpha=8, lora_dropout=0.1),
+        model=ModelConfig(path=str(tiny_llama_dir)),
+        data=DataConfig(dir=str(data_dir), source="folder", cutoff=160),
+        training=TrainingConfig(
+            learning_rate=1e-2,
+            max_steps=STEPS,
+            global_batch_size=4,
+            per_device_batch_size=2,
+            logging_steps=1,
+            save_steps=2,
+        ),
+        runs_dir=str(tmp_path / "runs"),
+    )
+
+
+def having(config: Config, **changes) -> Config:
+    """A copy with some fields changed; a double underscore separates group and field."""
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        config = replace(config, **{group: replace(getattr(config, group), **{name: value}) if name else value})
+    return config
+
+
+def adapter_of(config: Config) -> dict[str, torch.Tensor]:
+    return load_file(locate(config).adapter_path / "adapter_model.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def log_of(config: Config) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in locate(config).metrics() if "loss" in row]
+
+
+def refusal(config: Config) -> str:
+    """The one line that refuses ``config``."""
+    with pytest.raises(UserError) as caught:
+        main(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the training may catch it."""
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    """Makes the training die once, as it begins the step after the given one."""
+    pending: set[int] = set()
+    original = Trainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step in pending:
+            pending.clear()
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    return pending.add
+
+
+# -------------------------------------------------------------------------------------------------------- run record
+
+
+def test_a_run_leaves_the_whole_record(config):
+    config = having(config, data__validation_items=4, training__eval_steps=2)
+    main(config)
+    record = locate(config)
+    assert {path.name for path in record.path.iterdir()} == {
+        ".lock",
+        "adapter",
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "results.json",
+        "status.json",
+    }
+    assert record.path == Path(config.runs_dir) / "commonsense_reasoning/tiny/moslora/default/seed-0"
+    assert OmegaConf.load(record.config_path) == OmegaConf.structured(config)
+    assert (record.status().state, record.status().stage) == ("finished", "train")
+    environment = read_json(record.path / "environment.json")["train"]
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["start"] <= environment["end"]
+
+    rows = record.metrics()
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [2, 4]
+    for name in ("tokens", "seconds", "peak_memory_bytes"):
+        values = [row[name] for row in rows]
+        assert values == sorted(values) and values[0] > 0, name
+    # Linear decay from 1e-2 to 0 over four steps, without a warm-up.
+    rates = [row["learning_rate"] for row in rows if "loss" in row]
+    assert rates == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
+
+    training = record.results().training
+    assert training.steps == STEPS
+    assert training.final_loss == rows[-2]["loss"] and training.validation_loss == rows[-1]["eval_loss"]
+    # Two layers of hidden 32, intermediate 64: r * (in + out) and a mixer r * r for q, k, v, up and down.
+    assert training.trainable_parameters == 2 * (3 * (4 * 64 + 16) + 2 * (4 * 96 + 16))
+    assert training.trainable_parameters == sum(tensor.numel() for tensor in adapter_of(config).values())
+    assert not list(record.adapter_path.glob("*.bin"))
+
+
+def test_the_saved_adapter_is_the_trained_one(config):
+    """Its validation loss, computed anew from the folder, is the one that the training recorded."""
+    config = having(config, data__validation_items=4, training__eval_steps=STEPS)
+    main(config)
+    model = AutoModelForCausalLM.from_pretrained(config.model.path)
+    model = PeftModel.from_pretrained(model, str(locate(config).adapter_path)).eval()
+    _, validation = load_training(config.data, config.protocol, AutoTokenizer.from_pretrained(config.model.path))
+    with torch.no_grad():
+        # Trainer averages over batches of two; the sequences of a batch weigh by their response tokens.
+        losses = []
+        for start in (0, 2):
+            total, count = 0.0, 0
+            for item in (validation[start], validation[start + 1]):
+                scored = sum(label != -100 for label in item["labels"])
+                batch = {name: torch.tensor([item[name]]) for name in ("input_ids", "attention_mask", "labels")}
+                total, count = total + model(**batch).loss.item() * scored, count + scored
+            losses.append(total / count)
+    assert locate(config).results().training.validation_loss == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
+def test_load_best_keeps_the_lowest_validation_loss(config, tmp_path):
+    config = having(
+        config,
+        data__validation_items=4,
+        training__eval_steps=1,
+        training__save_steps=1,
+        training__load_best=True,
+        training__max_steps=2,
+        training__learning_rate=0.3,
+        training__lr_scheduler="constant",
+    )
+    shorter = having(config, runs_dir=str(tmp_path / "shorter"), training__max_steps=1)
+    main(config)
+    main(shorter)
+    first, second = [row["eval_loss"] for row in locate(config).metrics() if "eval_loss" in row]
+    assert first < second, "the last checkpoint is the best one: this test shows nothing"
+    assert locate(config).results().training.validation_loss == first
+    assert same(adapter_of(config), adapter_of(shorter))
+
+
+# ------------------------------------------------------------------------------------------------- seeds and resuming
+
+
+def test_the_seed_decides_every_bit(config, tmp_path):
+    again = having(config, runs_dir=str(tmp_path / "again"))
+    other = having(config, seed=1)
+    for run in (config, again, other):
+        main(run)
+    assert same(adapter_of(config), adapter_of(again))
+    assert log_of(config) == log_of(again)
+    assert not same(adapter_of(config), adapter_of(other))
+    assert locate(other).path.name == "seed-1"
+
+
+@pytest.mark.parametrize("method", ["moslora", "lora_plus"])
+def test_a_killed_run_resumes_to_the_same_adapter(config, tmp_path, kill_at, method):
+    config = having(config, method=METHODS[method])
+    undisturbed = having(config, runs_dir=str(tmp_path / "undisturbed"))
+    main(undisturbed)
+
+    kill_at(3)
+    with pytest.raises(Killed):
+        main(config)
+    record = locate(config)
+    assert record.status().state == "failed"
+    assert [step for step, _ in log_of(config)] == [1, 2, 3] and not record.adapter_path.exists()
+    with open(record.metrics_path, "a") as file:
+        file.write('{"step": 4, "lo')  # what a kill in the middle of a write leaves
+
+    main(config)
+    assert same(adapter_of(config), adapter_of(undisturbed))
+    assert log_of(config) == log_of(undisturbed)
+    seconds = [row["seconds"] for row in record.metrics()]
+    assert seconds == sorted(seconds), "the clock goes on from where the stopped run left it"
+    assert record.status().state == "finished" and not record.checkpoints_path.exists()
+
+
+def test_a_checkpoint_cut_off_while_it_was_written_is_not_resumed(config, tmp_path, kill_at):
+    undisturbed = having(config, runs_dir=str(tmp_path / "undisturbed"), training__save_steps=1)
+    main(undisturbed)
+    config = having(config, training__save_steps=1)
+    kill_at(3)
+    with pytest.raises(Killed):
+        main(config)
+    (locate(config).checkpoints_path / "checkpoint-3" / "trainer_state.json").unlink()
+    (locate(config).checkpoints_path / "checkpoint-2" / "trainer_state.json").write_text("")
+    main(config)
+    assert same(adapter_of(config), adapter_of(undisturbed))
+    assert log_of(config) == log_of(undisturbed)
+
+
+def test_a_stopped_run_goes_on_under_the_same_settings_alone(config, kill_at):
+    kill_at(3)
+    with pytest.raises(Killed):
+        main(config)
+    kept = locate(config).config_path.read_text()
+    message = refusal(having(config, training__learning_rate=2e-2, adapter__r=8))
+    assert "training.learning_rate was 0.01, is 0.02" in message and "adapter.r was 4, is 8" in message
+    assert locate(config).config_path.read_text() == kept
+    # How it will be evaluated, and what to do when it is finished, is no part of the training.
+    main(having(config, evaluation__batch_size=3, on_finished="skip"))
+    assert locate(config).status().state == "finished"
+
+
+def test_a_finished_run_is_refused_kept_or_replaced(config):
+    main(config)
+    record = locate(config)
+    before = record.results()
+    assert "on_finished=skip" in refusal(config)
+    main(having(config, on_finished="skip"))
+    assert record.results() == before
+    (record.path / "predictions.jsonl").write_text("of the run before\n")
+    main(having(config, on_finished="overwrite", training__learning_rate=2e-2))
+    assert record.results().training.final_loss != before.training.final_loss
+    assert not (record.path / "predictions.jsonl").exists(), "predictions of another adapter"
+    assert "on_finished must be" in refusal(having(config, on_finished="maybe"))
+
+
+def test_a_run_in_use_is_not_overwritten(config):
+    main(config)
+    record = locate(config)
+    with record.stage("evaluate"):
+        assert "in use by another process" in refusal(having(config, on_finished="overwrite"))
+        assert record.is_trained() and record.adapter_path.exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("loss_on_prompt", [False, True])
+def test_the_first_loss_is_that_of_the_base_on_the_labels(config, loss_on_prompt):
+    """B starts at zero, so the first step's loss is the base model's, over the tokens that the protocol names."""
+    config = having(
+        config,
+        protocol=ProtocolConfig("corrected", loss_on_prompt=loss_on_prompt, num_beams=1, max_new_tokens=8),
+        adapter__lora_dropout=0.0,
+        training__max_steps=1,
+        training__global_batch_size=32,  # all items in one step
+        training__per_device_batch_size=8,
+        training__save_steps=None,
+    )
+    main(config)
+    train_set, _ = load_training(config.data, config.protocol, AutoTokenizer.from_pretrained(config.model.path))
+    assert len(train_set) == 32
+    model = AutoModelForCausalLM.from_pretrained(config.model.path).eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for item in train_set:
+            logits = model(input_ids=torch.tensor([item["input_ids"]])).logits[0, :-1]
+            labels = torch.tensor(item["labels"][1:])
+            scored = labels != -100
+            nll = -logits.log_softmax(-1)[scored].gather(1, labels[scored, None])
+            total, count = total + nll.sum().item(), count + nll.numel()
+    # Over the tokens of the whole accumulated batch, however it was dealt and padded.
+    assert log_of(config)[0][1] == pytest.approx(total / count, abs=2e-4)
+
+
+def test_a_diverged_training_fails_in_one_line(config, monkeypatch):
+    original = Trainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        scale = math.nan if self.state.global_step >= 2 else 1.0
+        return (result[0] * scale, result[1]) if isinstance(result, tuple) else result * scale
+
+    monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
+    message = refusal(having(config, training__max_grad_norm=0.0))
+    assert message == "training diverged at step 3: loss is nan; lower training.learning_rate"
+    record = locate(config)
+    status = record.status()
+    assert (status.state, status.stage) == ("failed", "train") and message in status.reason
+    assert [row["step"] for row in record.metrics()] == [1, 2] and not record.is_trained()
+
+
+def test_divergence_after_the_last_logged_step_is_seen(config, monkeypatch):
+    monkeypatch.setattr(Trainer, "compute_loss", lambda self, model, inputs, **kw: model(**inputs).loss * math.nan)
+    assert "loss is nan" in refusal(having(config, training__logging_steps=100))
+    assert not locate(config).is_trained() and not locate(config).adapter_path.exists()
+
+
+def test_a_learning_rate_far_too_high_is_named(config):
+    config = having(config, training__learning_rate=1e30, training__lr_scheduler="constant", training__max_steps=6)
+    assert "lower training.learning_rate" in refusal(config)
+    assert locate(config).status().state == "failed"
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"training__global_batch_size": 7, "training__per_device_batch_size": 2},
+            "global_batch_size 7 is not a multiple of per_device_batch_size 2 x world_size 1 = 2: 7 = 3 x 2 + 1",
+        ),
+        ({"training__per_device_batch_size": 0}, "per_device_batch_size is 0"),
+        ({"training__precision": "fp16"}, "training.precision=fp16 needs a GPU"),
+        ({"training__precision": "fp8"}, "training.precision must be one of auto, fp32, bf16, fp16, found 'fp8'"),
+        ({"training__max_steps": 0}, "training.max_steps must be positive or null, found 0"),
+        ({"training__max_steps": None, "training__epochs": 0.0}, "epochs is 0.0"),
+        ({"training__learning_rate": 0.0}, "training.learning_rate must be positive"),
+        ({"training__lr_scheduler": "sawtooth"}, "sawtooth"),
+        ({"training__optimizer": "adamm"}, "adamm"),
+        ({"training__load_best": True}, "training.load_best needs data.validation_items"),
+        ({"training__deepspeed": "zero9"}, "training.deepspeed=zero9: no such file"),
+        ({"method": METHODS["base"]}, "method=base is the untrained model"),
+        ({"method": METHODS["adalora"]}, "at least 10 optimiser steps"),
+        ({"adapter__target_modules": ["no_such_proj"]}, "no_such_proj"),
+        ({"data__validation_items": 32}, "data.validation_items=32 must be below the number of training items, 32"),
+        ({"data__dir": "nowhere"}, "data.dir=nowhere: no prepared data"),
+        ({"model__path": "nowhere/at-all"}, "model.path=nowhere/at-all"),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items())[:40] if isinstance(value, dict) else "",
+)
+def test_bad_settings_are_told_in_a_line(config, changes, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert expected in refusal(having(config, **changes))
+    assert locate(having(config, **changes)).status().state == "failed"
+
+
+# ---------------------------------------------------------------------------------------------- the shipped settings
+
+
+def composed(*overrides: str) -> Config:
+    launch.register(Config)
+    GlobalHydra.instance().clear()
+    with initialize_config_module(CONF_MODULE, version_base="1.3"):
+        return launch.instantiate(Config, compose("config", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize(("method", "trainable"), [("lora", 28_311_552), ("moslora", 28_352_512)])
+def test_a_dry_run_of_the_paper_scale_counts_what_the_paper_trains(method, trainable, caplog):
+    config = composed("scale=paper", f"method={method}", "dry_run=true")
+    plan = train_module.dry_run(config)
+    assert plan.count.trainable == trainable
+    assert plan.count.base == 8_030_261_248  # LLaMA-3 8B
+    assert (plan.global_batch, plan.accumulation) == (16, 4)
+    # 170,420 items less 120 for validation in batches of 16, three epochs.
+    assert plan.steps == 3 * math.ceil((170_420 - 120) / 16) == 31_932
+    caplog.set_level("INFO")
+    main(config)
+    assert f"{trainable:,}" in caplog.text and not Path(config.runs_dir, "commonsense_reasoning", "paper").exists()
+
+
+def test_every_shipped_configuration_composes(monkeypatch):
+    """Scale x protocol x method: the schema accepts it, batches divide, the method builds, a base is named."""
+    for scale, protocol, method in itertools.product(SCALES, PROTOCOLS, METHODS):
+        config = composed(f"scale={scale}", f"protocol={protocol}", f"method={method}")
+        names = (config.scale.name, config.protocol.name, config.method.name)
+        assert names == (scale, protocol, method)
+        assert not OmegaConf.missing_keys(OmegaConf.structured(config)), names
+        assert config.training.global_batch_size % config.training.per_device_batch_size == 0, names
+        if method != "base":
+            peft_config(config.method, config.adapter, seed=0, total_steps=100)
+        assert config.protocol.loss_on_prompt == (protocol == "paper")
+        if scale == "smoke":
+            assert Path(resolve_path(config.model.path), "config.json").is_file()
+        else:
+            assert config.model.path and config.data.source == "folder"
+
+
+def test_conf_holds_no_other_group_entries():
+    """What the test above goes through is all that is shipped."""
+    conf = Path(train_module.__file__).parent / "conf"
+    assert {path.stem for path in (conf / "scale").glob("*.yaml")} == set(SCALES)
+    assert {path.stem for path in (conf / "protocol").glob("*.yaml")} == set(PROTOCOLS)
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+_LAUNCHER = """
+import os, sys
+import torch
+torch.set_num_threads(1)
+if os.environ.get("DS_ACCELERATOR"):
+    import deepspeed.ops
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled for minutes
+from omegaconf import OmegaConf
+from commonsense_reasoning.config import Config
+from commonsense_reasoning.train import main
+from moslora_core import launch
+main(launch.instantiate(Config, OmegaConf.load(sys.argv[1])))
+"""
+
+
+def launched(config: Config, tmp_path: Path, processes: int, **environment: str) -> None:
+    name = hashlib.sha256(repr(config).encode()).hexdigest()[:8]
+    settings, script = tmp_path / f"{name}.yaml", tmp_path / "launcher.py"
+    settings.write_text(launch.dump(config))
+    script.write_text(_LAUNCHER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [*command, str(script), str(settings)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def close(first: Config, second: Config) -> None:
+    assert [step for step, _ in log_of(first)] == [step for step, _ in log_of(second)] == [1, 2, 3, 4]
+    assert [loss for _, loss in log_of(first)] == pytest.approx([loss for _, loss in log_of(second)], abs=2e-4)
+    a, b = adapter_of(first), adapter_of(second)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3)
+
+
+@pytest.fixture
+def deterministic(config) -> Config:
+    """Without dropout, whose masks depend on how a batch is dealt to processes, and with items of one order."""
+    return having(config, adapter__lora_dropout=0.0, training__group_by_length=False, training__save_steps=None)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(deterministic, tmp_path):
+    main(deterministic)
+    two = having(deterministic, runs_dir=str(tmp_path / "two"))
+    launched(two, tmp_path, processes=2)
+    close(two, deterministic)
+    assert locate(two).status().state == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_zero_2_trains_as_one_process(deterministic, tmp_path):
+    main(deterministic)
+    sharded = having(deterministic, runs_dir=str(tmp_path / "sharded"), training__deepspeed="zero2")
+    launched(sharded, tmp_path, processes=2, DS_ACCELERATOR="cpu")
+    close(sharded, deterministic)
