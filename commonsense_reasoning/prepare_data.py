@@ -20,6 +20,7 @@ import random
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,28 @@ def read_items(path: Path, labels: tuple[str, ...] | None = None, prefix: str | 
     if not path.is_file():
         raise UserError(f"no data file {path}; expected a JSON list of LLM-Adapters items")
     rows = read_json(path)
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path}: expected a non-empty JSON list of items, found {type(rows).__name__}")
-    prefix = path.stem if prefix is None else prefix
-    return [{"id": f"{prefix}/{i}", **check_item(row, f"{path}[{i}]", labels)} for i, row in enumerate(rows)]
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a JSON list of items, found {type(rows).__name__}")
+    return _number(rows, str(path), labels, path.stem if prefix is None else prefix)
+
+
+def _number(rows: Iterable[Any], source: str, labels: tuple[str, ...] | None, prefix: str) -> list[Item]:
+    items = [{"id": f"{prefix}/{i}", **check_item(row, f"{source}[{i}]", labels)} for i, row in enumerate(rows)]
+    if not items:
+        raise UserError(f"{source}: expected items, found none")
+    return items
+
+
+def _train_prefix(file: str) -> str:
+    """A training file's part of the ids: its name below ``data.path``, so that files of one name stay apart."""
+    return Path(file).with_suffix("").as_posix()
+
+
+def _test_name(data: DataConfig, task: str) -> str:
+    try:
+        return data.test_file.format(task=task)
+    except (KeyError, IndexError, ValueError, AttributeError):
+        raise UserError(f"data.test_file={data.test_file}: the only placeholder is {{task}}") from None
 
 
 def _read_folder(data: DataConfig) -> tuple[list[Item], dict[str, list[Item]], dict[str, str]]:
@@ -95,13 +114,10 @@ def _read_folder(data: DataConfig) -> tuple[list[Item], dict[str, list[Item]], d
     root = Path(data.path)
     if not root.is_dir():
         raise UserError(f"data.path={data.path}: no such folder; expected the LLM-Adapters JSON files in it")
-    if not data.train_files:
-        raise UserError("data.train_files is empty; name at least one file below data.path")
-    tests = {name: root / data.test_file.format(task=name) for name in data.tasks}
-    trains = [root / name for name in data.train_files]
-    train = [item for path in trains for item in read_items(path)]
-    test = {name: read_items(path, TASKS[name].labels, prefix=name) for name, path in tests.items()}
-    return train, test, {str(path.relative_to(root)): _sha256(path) for path in [*trains, *tests.values()]}
+    tests = {name: _test_name(data, name) for name in data.tasks}
+    train = [item for file in data.train_files for item in read_items(root / file, prefix=_train_prefix(file))]
+    test = {name: read_items(root / file, TASKS[name].labels, prefix=name) for name, file in tests.items()}
+    return train, test, {file: _sha256(root / file) for file in [*data.train_files, *tests.values()]}
 
 
 def _read_hub(data: DataConfig) -> tuple[list[Item], dict[str, list[Item]], dict[str, str]]:
@@ -116,13 +132,10 @@ def _read_hub(data: DataConfig) -> tuple[list[Item], dict[str, list[Item]], dict
         except Exception as error:  # the hub's client raises many kinds, all with the reason in the first line
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"data.path={data.path}: cannot load {file} from the hub: {reason}") from None
-        return [
-            {"id": f"{prefix}/{i}", **check_item(row, f"{data.path}/{file}[{i}]", labels)}
-            for i, row in enumerate(rows)
-        ]
+        return _number(rows, f"{data.path}/{file}", labels, prefix)
 
-    train = [item for file in data.train_files for item in load(file, None, Path(file).stem)]
-    test = {name: load(data.test_file.format(task=name), TASKS[name].labels, name) for name in data.tasks}
+    train = [item for file in data.train_files for item in load(file, None, _train_prefix(file))]
+    test = {name: load(_test_name(data, name), TASKS[name].labels, name) for name in data.tasks}
     return train, test, {"hub": data.path}
 
 
@@ -188,6 +201,8 @@ def _check_config(data: DataConfig) -> None:
         raise UserError(f"data.tasks: unknown task {unknown[0]!r}; expected some of {', '.join(TASKS)}")
     if not data.tasks:
         raise UserError(f"data.tasks is empty; expected some of {', '.join(TASKS)}")
+    if data.source != "smoke" and not data.train_files:
+        raise UserError("data.train_files is empty; name at least one file below data.path")
     for name in ("train_items", "test_items"):
         if (count := getattr(data, name)) is not None and count < 1:
             raise UserError(f"data.{name} must be positive or null, found {count}")
@@ -245,8 +260,11 @@ def _write(target: Path, files: dict[str, list[Item]], manifest: dict[str, Any])
         if target.exists():
             if not (target / MANIFEST_FILE).exists() and any(target.iterdir()):
                 raise UserError(f"data.dir={target} holds something else; expected prepared data or no such folder")
-            shutil.rmtree(target)
-        temporary.rename(target)
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
+                target.rename(Path(aside) / "replaced")  # removed only when the new folder has its place
+                temporary.rename(target)
+        else:
+            temporary.rename(target)
     except OSError as error:
         raise UserError(f"data.dir={target}: cannot write: {error.strerror}") from None
     finally:
