@@ -9,6 +9,7 @@ PIP_ARGS ?=
 SCALE  ?= smoke
 SEEDS  ?= 0,1,2
 METHODS ?= lora,moslora
+MODES  ?= generate,loglikelihood
 RUNS   ?= runs
 REPORTS ?= reports
 JOBS   ?= 2
@@ -36,8 +37,8 @@ install: $(STAMP) ## create .venv with the locked versions (the other targets do
 reproduce: $(STAMP) ## train and evaluate METHODS x SEEDS at the smoke scale, print the table and the report's path
 	$(BIN)/python -m commonsense_reasoning.prepare_data scale=$(SCALE)
 	$(BIN)/python -m commonsense_reasoning.train -m scale=$(SCALE) method=$(METHODS) seed=$(SEEDS) runs_dir=$(RUNS) on_finished=skip
-	$(BIN)/python -m commonsense_reasoning.evaluate -m scale=$(SCALE) method=$(METHODS) seed=$(SEEDS) runs_dir=$(RUNS) on_finished=skip
-	$(BIN)/python -m commonsense_reasoning.evaluate scale=$(SCALE) method=base runs_dir=$(RUNS) on_finished=skip
+	$(BIN)/python -m commonsense_reasoning.evaluate -m scale=$(SCALE) method=$(METHODS) seed=$(SEEDS) evaluation.mode=$(MODES) runs_dir=$(RUNS) on_finished=skip
+	$(BIN)/python -m commonsense_reasoning.evaluate -m scale=$(SCALE) method=base evaluation.mode=$(MODES) runs_dir=$(RUNS) on_finished=skip
 	$(MAKE) -s report
 
 .PHONY: report

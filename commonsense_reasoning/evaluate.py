@@ -202,12 +202,14 @@ def task_result(predictions: Sequence[Prediction]) -> TaskResult:
     """Accuracy, its standard error (of a mean, with n - 1, as lm-eval's), and the share without an answer."""
     n = len(predictions)
     accuracy = sum(p.correct for p in predictions) / n
+    generated = predictions[0].response is not None
     return TaskResult(
         metric="accuracy",
         value=accuracy,
         n=n,
         stderr=math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else None,
-        unparsed=sum(p.prediction is None for p in predictions) / n if predictions[0].response is not None else None,
+        unparsed=sum(p.prediction is None for p in predictions) / n if generated else None,
+        lenient=lenient_accuracy(predictions) if generated else None,
     )
 
 
@@ -285,8 +287,6 @@ def evaluate(config: Config, record: RunRecord, names: Sequence[str]) -> tuple[E
         by_task[task] = [done[index] for index in range(len(docs[task]))]
         _log(task, by_task[task])
 
-    if config.evaluation.mode == "generate":
-        used["lenient_accuracy"] = {task: lenient_accuracy(found) for task, found in by_task.items()}
     results = {task: task_result(found) for task, found in by_task.items()}
     seconds = round(sum(chunk["seconds"] for chunk in chunks), 3)
     return Evaluation(name, results, seconds, used), [p for found in by_task.values() for p in found]

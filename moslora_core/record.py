@@ -70,6 +70,7 @@ class TaskResult:
     n: int
     stderr: float | None = None
     unparsed: float | None = None  # share of responses in which no answer was found, where the protocol parses one
+    lenient: float | None = None  # the same metric under a more forgiving reading of the responses
 
 
 @dataclass

@@ -213,7 +213,7 @@ def test_numbers_are_those_of_lm_evals_own_aggregation(mode, metric, make_config
         assert found.tasks[name].n == 6
         if mode == "generate":
             assert found.tasks[name].unparsed == pytest.approx(theirs["unparsed,none"])
-            assert found.settings["lenient_accuracy"][name] == pytest.approx(theirs["acc_lenient,none"])
+            assert found.tasks[name].lenient == pytest.approx(theirs["acc_lenient,none"])
     values = {task.value for task in found.tasks.values()}
     assert len(values) > 1 and max(values) > 0, "the fixture should be right at times"
 
