@@ -11,13 +11,16 @@ import math
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from transformers import (
     DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -40,7 +43,7 @@ from moslora_core.methods import attach, peft_config
 from moslora_core.record import RunRecord, Stopwatch, Training, append_jsonl, peak_memory, repair_jsonl, write_atomic
 
 from .config import CONF_MODULE, EXPERIMENT, NOT_IN_LABEL, Config
-from .data import load_training
+from .data import check_prepared, load_training
 from .models import architecture, load_base, load_tokenizer
 from .tasks import PUBLISHED_TRAIN_ITEMS
 
@@ -239,12 +242,25 @@ def _save_adapter(trainer: Trainer, record: RunRecord) -> None:
         temporary.rename(record.adapter_path)
 
 
-def train(config: Config, record: RunRecord) -> Training:
-    """Runs the training of ``config`` into ``record``; resumes from its last checkpoint.
+@dataclass
+class Prepared:
+    """All that a training needs, checked: what can be wrong is found before the run folder is touched."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    train_set: Dataset
+    validation_set: Dataset | None
+    arguments: TrainingArguments
+
+
+def prepare(config: Config, record: RunRecord) -> Prepared:
+    """Reads data and model and attaches the adapter.
 
     Raises:
-        UserError: bad configuration or data, a diverged training.
+        UserError: bad configuration, data or model.
     """
+    check_prepared(config.data)
+    accumulation_steps(config.training.global_batch_size, config.training.per_device_batch_size, world_size())
     # Before anything is drawn: the adapter's start, the order of the items and dropout all follow from the seed.
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
@@ -262,9 +278,23 @@ def train(config: Config, record: RunRecord) -> Training:
     elif config.model.gradient_checkpointing:
         model.enable_input_require_grads()
     model = attach(model, config.method, method_config)
+    return Prepared(model, tokenizer, train_set, validation_set, arguments)
+
+
+def train(config: Config, record: RunRecord, prepared: Prepared) -> Training:
+    """Runs the training of ``config`` into ``record``; resumes from its last checkpoint.
+
+    Raises:
+        UserError: a diverged training.
+    """
+    model, arguments = prepared.model, prepared.arguments
     trainable, total = model.get_nb_trainable_parameters()
     logger.info(
-        "%s: %s trainable of %s parameters, %d steps", config.method.name, f"{trainable:,}", f"{total:,}", steps
+        "%s: %s trainable of %s parameters, %d steps",
+        config.method.name,
+        f"{trainable:,}",
+        f"{total:,}",
+        arguments.max_steps,
     )
 
     checkpoint = _resume_point(record)
@@ -275,9 +305,9 @@ def train(config: Config, record: RunRecord) -> Training:
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=train_set,
-        eval_dataset=validation_set,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8, padding=True),
+        train_dataset=prepared.train_set,
+        eval_dataset=prepared.validation_set,
+        data_collator=DataCollatorForSeq2Seq(prepared.tokenizer, pad_to_multiple_of=8, padding=True),
         callbacks=_callbacks(config, record, stopwatch),
         optimizers=(_loraplus(model, config), None),
     )
@@ -366,15 +396,16 @@ def main(config: Config) -> None:
     record = locate(config)
     if _is_done(config, record):
         return
-    if not is_main_process():  # the first process alone writes the record
-        train(config, record)
-        return
     overwrites = record.is_trained()
     if not overwrites:
         _check_resumable(config, record)
+    prepared = prepare(config, record)
+    if not is_main_process():  # the first process alone writes the record
+        train(config, record, prepared)
+        return
     with record.stage(STAGE, fresh=overwrites):
         write_atomic(record.config_path, launch.dump(config))
-        record.set_training(train(config, record))
+        record.set_training(train(config, record, prepared))
         shutil.rmtree(record.checkpoints_path, ignore_errors=True)
     logger.info("finished: %s", record.path)
 
