@@ -5,6 +5,7 @@ PEFT's own tuners serve as baselines; what is defined here is only which of thei
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 
 from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -73,7 +74,7 @@ class AdapterConfig:
     """Size and place of the adapter, equal for every method.
 
     Attributes:
-        target_modules: module names, or one regular expression in a list of its own.
+        target_modules: module names, or in a list of its own one regular expression or PEFT's ``all-linear``.
         rank_pattern: module name pattern -> rank, where it differs from ``r``.
     """
 
@@ -105,8 +106,10 @@ def peft_config(
         raise UserError(f"adapter.lora_dropout must be in [0, 1), found {adapter.lora_dropout}")
     if not adapter.target_modules:
         raise UserError("adapter.target_modules is empty; name at least one module")
+    if adapter.lora_alpha <= 0:
+        raise UserError(f"adapter.lora_alpha must be positive, found {adapter.lora_alpha}")
     alpha = adapter.lora_alpha * method.alpha_scale
-    common = {"r": adapter.r, "target_modules": list(adapter.target_modules), "task_type": task_type}
+    common = {"r": adapter.r, "target_modules": _targets(adapter.target_modules), "task_type": task_type}
     lora = {**common, "lora_alpha": alpha, "lora_dropout": adapter.lora_dropout}
     patterns = {"rank_pattern": dict(adapter.rank_pattern), "alpha_pattern": dict(adapter.alpha_pattern)}
     if method.tuner != "lora":
@@ -120,6 +123,11 @@ def peft_config(
                 return LoraConfig(**lora)
             return MoSLoraConfig(**lora, mixer=method.mixer, mixer_init=method.mixer_init, mixer_seed=seed)
         if method.tuner == "adalora":
+            for name, pattern in patterns.items():
+                if pattern:  # AdaLoRA finds the ranks itself, and keeps what it found under this name
+                    raise UserError(
+                        f"adapter.{name}={pattern}: method={method.name} has no such setting; leave it empty"
+                    )
             return _adalora(lora, total_steps)
         # PEFT's LoHa and LoKr call alpha and dropout by their own names; dropout is on the rank, not on the input.
         own = common | patterns | {"alpha": alpha, "rank_dropout": adapter.lora_dropout}
@@ -132,6 +140,17 @@ def peft_config(
     except (TypeError, ValueError) as error:
         raise UserError(f"method={method.name}: {error}") from None
     raise UserError(f"method.tuner must be one of lora, adalora, lokr, loha, found {method.tuner!r}")
+
+
+def _targets(names: list[str]) -> list[str] | str:
+    """PEFT takes names as a list, and as a string what is a pattern."""
+    if len(names) > 1 or re.fullmatch(r"[\w.]+", names[0]):
+        return list(names)
+    try:
+        re.compile(names[0])
+    except re.error as error:
+        raise UserError(f"adapter.target_modules: {names[0]!r} is no regular expression: {error}") from None
+    return names[0]
 
 
 def _refuse_lora_settings(method: MethodConfig) -> None:
