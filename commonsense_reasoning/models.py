@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moslora_core.errors import UserError
@@ -18,6 +19,7 @@ from .config import ModelConfig
 logger = logging.getLogger(__name__)
 
 _PACKAGE = "package:"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_path(path: str) -> str:
@@ -28,7 +30,10 @@ def resolve_path(path: str) -> str:
     if not path.startswith(_PACKAGE):
         return path
     module, _, folder = path.removeprefix(_PACKAGE).partition("/")
-    spec = importlib.util.find_spec(module)
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # the parent is missing, or the name is no module's
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"model.path={path}: no package {module!r} is installed; pip install it (make does)")
     found = Path(spec.submodule_search_locations[0]) / folder
@@ -69,6 +74,16 @@ def _convert_gguf(path: str, gguf_file: str, target: Path) -> None:
         folder.rename(target)
 
 
+# transformers raises ValueError for a folder of another kind, ImportError for a library that a format needs, and
+# safetensors an error of its own.
+_LOADING = (OSError, ValueError, ImportError, SafetensorError)
+
+
+def _cannot_load(config: ModelConfig, error: Exception) -> UserError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return UserError(f"model.path={config.path}: {reason}")
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Tokenizer with left padding (for generation) and a padding token that is never an end of sequence.
 
@@ -79,12 +94,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             base_path(config), revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except OSError as error:
-        raise UserError(f"model.path={config.path}: {str(error).splitlines()[0]}") from None
+    except UserError:
+        raise
+    except _LOADING as error:
+        raise _cannot_load(config, error) from None
     if tokenizer.eos_token is None:
         raise UserError(f"model.path={config.path}: its tokenizer has no end-of-sequence token")
     if tokenizer.pad_token is None:
-        reserved = [token for token in tokenizer.get_vocab() if "pad" in token.lower() or "reserved" in token.lower()]
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        reserved = [token for token in special if "pad" in token.lower() or "reserved" in token.lower()]
         tokenizer.pad_token = min(reserved) if reserved else tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
@@ -96,16 +114,18 @@ def load_base(config: ModelConfig, device_map: dict | None = None) -> PreTrained
     Raises:
         UserError: a path that holds no model, an unknown dtype or quantisation.
     """
-    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype, None)
-    if dtype != "auto" and not isinstance(dtype, torch.dtype):
+    dtype = "auto" if config.dtype == "auto" else _DTYPES.get(config.dtype)
+    if dtype is None:
         raise UserError(f"model.dtype must be auto, float32, bfloat16 or float16, found {config.dtype!r}")
     settings = {"revision": config.revision, "trust_remote_code": config.trust_remote_code, "dtype": dtype}
     if (quantization := _quantization(config, dtype)) is not None:
         settings["quantization_config"] = quantization
     try:
         return AutoModelForCausalLM.from_pretrained(base_path(config), device_map=device_map, **settings)
-    except OSError as error:
-        raise UserError(f"model.path={config.path}: {str(error).splitlines()[0]}") from None
+    except UserError:
+        raise
+    except _LOADING as error:
+        raise _cannot_load(config, error) from None
 
 
 def _quantization(config: ModelConfig, dtype):
@@ -130,10 +150,16 @@ def architecture(config: ModelConfig):
     """transformers configuration of the base, from the configuration file where it is written there."""
     if config.architecture is not None:
         settings = dict(config.architecture)
-        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+        kind = settings.pop("model_type", None)
+        try:
+            return AutoConfig.for_model(kind, **settings)
+        except ValueError:
+            raise UserError(f"model.architecture: model_type {kind!r} is not one that transformers knows") from None
     try:
         return AutoConfig.from_pretrained(
             base_path(config), revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except OSError as error:
-        raise UserError(f"model.path={config.path}: {str(error).splitlines()[0]}") from None
+    except UserError:
+        raise
+    except _LOADING as error:
+        raise _cannot_load(config, error) from None
