@@ -57,12 +57,19 @@ def check_prepared(data: DataConfig) -> None:
             f"data.dir={data.dir}: no prepared data; run python -m commonsense_reasoning.prepare_data "
             "with the same settings first"
         )
-    subset = read_json(manifest_path).get("subset", {})
-    if data.train_items is not None and subset.get("train_items") != data.train_items:
-        raise UserError(
-            f"data.train_items={data.train_items}, but {data.dir} was prepared with {subset.get('train_items')}; "
-            "run prepare_data with the same settings, or name another data.dir"
-        )
+    manifest = read_json(manifest_path)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("subset", {}), dict):
+        raise UserError(f"{manifest_path} is damaged: expected what prepare_data writes")
+    subset = manifest.get("subset", {})
+    asked = {"train_items": ("train_items", data.train_items)}
+    if data.train_items is not None:
+        asked["seed"] = ("subset_seed", data.subset_seed)
+    for key, (name, value) in asked.items():
+        if subset.get(key) != value:
+            raise UserError(
+                f"data.{name}={value}, but {data.dir} was prepared with {subset.get(key)}; "
+                "run prepare_data with the same settings, or name another data.dir"
+            )
 
 
 def load_training(
