@@ -135,12 +135,12 @@ def test_saved_adapter_loads_with_the_same_outputs(kind, mixer, low_cpu_mem_usag
 @pytest.mark.parametrize(
     "kind, keys",
     [
-        (LINEAR, {"lora_A.weight", "lora_B.raw", "lora_B.mixer"}),
-        (CONV2D, {"lora_A.weight", "lora_B.raw", "lora_B.mixer"}),
-        (GROUPED2D, {"lora_A.raw", "lora_A.mixer", "lora_B.weight"}),
-        (EMBEDDING, {"lora_embedding_A", "lora_embedding_B", "lora_mixer"}),
-        (DORA_LINEAR, {"lora_A.weight", "lora_B.raw", "lora_B.mixer", "lora_magnitude_vector"}),
-        (BIAS, {"lora_A.weight", "lora_B.raw", "lora_B.mixer", "lora_B.bias"}),
+        (LINEAR, ["lora_A.weight", "lora_B.raw", "lora_B.mixer"]),
+        (CONV2D, ["lora_A.weight", "lora_B.raw", "lora_B.mixer"]),
+        (GROUPED2D, ["lora_A.raw", "lora_A.mixer", "lora_B.weight"]),
+        (EMBEDDING, ["lora_embedding_A", "lora_embedding_B", "lora_mixer"]),
+        (DORA_LINEAR, ["lora_A.weight", "lora_B.raw", "lora_B.mixer", "lora_magnitude_vector"]),
+        (BIAS, ["lora_A.weight", "lora_B.raw", "lora_B.mixer", "lora_B.bias"]),
     ],
     ids=str,
 )
