@@ -1,7 +1,10 @@
 """Command lines of the experiments: Hydra's configuration, one-line errors, the place of a run.
 
 ``run(main, ...)`` is the whole of an experiment's ``__main__``. Hydra composes and sweeps; what is added here is that
-a mistake of the user ends in one line on stderr and exit status 2, and that ``--dry-run`` reads as ``dry_run=true``.
+a mistake of the user ends in one line on stderr and exit status 2, that ``--dry-run`` reads as ``dry_run=true``, and
+that ``--rerun=<run folder>`` starts from the configuration that a run recorded, complete, instead of the defaults:
+
+    python -m commonsense_reasoning.train --rerun=runs/commonsense_reasoning/smoke/lora/default/seed-0 runs_dir=again
 """
 
 from __future__ import annotations
@@ -13,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +29,15 @@ from yaml import YAMLError
 from .errors import UserError
 from .methods import METHODS
 from .record import override_label
+
+_RERUN = "--rerun="
+# What conf/config.yaml sets: a recorded configuration has no settings of Hydra.
+_WITHOUT_OUTPUT = (
+    "hydra.output_subdir=null",
+    "hydra.run.dir=.",
+    "hydra/job_logging=stdout",
+    "hydra/hydra_logging=none",
+)
 
 # Overrides that say where or how a run is executed, or that have a folder level of their own: not part of its name.
 _NOT_IN_LABEL = ("method", "scale", "seed", "runs_dir", "dry_run", "on_finished", "run_name")
@@ -53,11 +66,16 @@ def run(
 
     Exits with status 2 after one line on stderr for a :class:`UserError` or a wrong key, value or option.
     """
-    arguments = [_flag(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    sys.argv[1:] = arguments
+    given = [_flag(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     register(schema)
-    if _composes(arguments):
-        _check(config_module, arguments)
+    try:
+        folder, arguments = _rerun(given)
+        _check(config_module, folder, arguments)
+    except UserError as error:
+        fail(error)
+    if folder is not None:
+        arguments = [f"--config-path={folder}", "--config-name=config", *arguments, *_WITHOUT_OUTPUT]
+    sys.argv[1:] = arguments
 
     def task(config: DictConfig) -> None:
         # Hydra's console handler hides nothing, but third-party loggers at INFO drown the progress of a run.
@@ -83,7 +101,7 @@ def instantiate(schema: type, config: DictConfig) -> Any:
 
 def fail(error: UserError) -> None:
     """Ends the process as every command of the project ends on bad input."""
-    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")
     raise SystemExit(2)
 
 
@@ -120,19 +138,48 @@ def _flag(argument: str) -> str:
     return "dry_run=true" if argument == "--dry-run" else argument
 
 
-def _composes(arguments: Iterable[str]) -> bool:
-    """Whether the arguments are plain overrides of one run; sweeps and Hydra's own options are Hydra's to check."""
-    return all("=" in argument and not argument.startswith("-") for argument in arguments)
+def _rerun(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The folder that ``--rerun`` names, and the other arguments."""
+    folder = None
+    for argument in arguments:
+        if argument.startswith(_RERUN):
+            folder = Path(argument.removeprefix(_RERUN)).resolve()
+            if not (folder / "config.yaml").is_file():
+                raise UserError(f"{argument}: no config.yaml in that folder; expected a run folder")
+    return folder, [argument for argument in arguments if not argument.startswith(_RERUN)]
 
 
-def _check(config_module: str, overrides: list[str]) -> None:
-    """Composes once to turn Hydra's multi-line report of a bad override into one line."""
+def _check(config_module: str, folder: Path | None, arguments: Sequence[str]) -> None:
+    """Composes beforehand to turn Hydra's multi-line report of a bad override into one line.
+
+    Of a sweep, each value is tried with the first ones of the others. Hydra's own options are Hydra's to check.
+    """
+    if any(argument.startswith("-") and argument not in ("-m", "--multirun") for argument in arguments):
+        return
+    overrides = [argument for argument in arguments if not argument.startswith(("-", "hydra"))]
+    sweeps = "-m" in arguments or "--multirun" in arguments
     GlobalHydra.instance().clear()
+    initialize = (
+        initialize_config_module(config_module, version_base="1.3")
+        if folder is None
+        else initialize_config_dir(str(folder), version_base="1.3")
+    )
     try:
-        with initialize_config_module(config_module, version_base="1.3"):
-            compose("config", overrides=[o for o in overrides if not o.startswith("hydra")])
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(UserError(_one_line(error)))
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        values = [
+            [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+            if o.is_sweep_override()
+            else [raw]
+            for raw, o in zip(overrides, parsed, strict=True)
+        ]
+        first = [entry[0] for entry in values]
+        with initialize:
+            for number, entry in enumerate(values):
+                for value in entry[1:] if sweeps else ():
+                    compose("config", overrides=[*first[:number], value, *first[number + 1 :]])
+            compose("config", overrides=first if sweeps else overrides)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise UserError(_one_line(error)) from None
 
 
 def _one_line(error: Exception) -> str:
@@ -161,4 +208,5 @@ def _label(overrides: Iterable[str], not_in_label: Sequence[str]) -> str:
         skipped = (*_NOT_IN_LABEL, *not_in_label)
         return key not in skipped and key.split(".", 1)[0] not in ("hydra", *not_in_label)
 
-    return override_label(override for override in overrides if named(override))
+    last = {override.split("=", 1)[0]: override for override in overrides if named(override)}  # of a key, it counts
+    return override_label(last.values())
