@@ -160,7 +160,7 @@ def training_arguments(config: Config, record: RunRecord, steps: int, validates:
             disable_tqdm=not sys.stderr.isatty(),
             include_num_input_tokens_seen="non_padding",
             deepspeed=_deepspeed(training.deepspeed),
-            report_to=["tensorboard"] if training.tensorboard else [],
+            report_to=[],
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
             ddp_find_unused_parameters=False if world_size() > 1 else None,
@@ -336,6 +336,12 @@ def _callbacks(config: Config, record: RunRecord, stopwatch: Stopwatch) -> list[
     callbacks: list[TrainerCallback] = [_Recorder(record, stopwatch)]
     if config.method.tuner == "adalora":
         callbacks.append(_AdaLoraBudget())
+    if config.training.tensorboard and is_main_process():
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        # Trainer's own place for it is below the checkpoints, which go when the training has finished.
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(record.path / "tensorboard"))))
     return callbacks
 
 

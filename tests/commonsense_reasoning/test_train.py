@@ -342,6 +342,12 @@ def test_a_learning_rate_far_too_high_is_named(config):
     assert locate(config).status().state == "failed"
 
 
+def test_tensorboard_files_stay_with_the_run(config):
+    config = having(config, training__tensorboard=True)
+    train_module.main(config)
+    assert list((locate(config).path / "tensorboard").glob("events.out.tfevents.*"))
+
+
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
