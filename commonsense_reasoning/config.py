@@ -7,12 +7,15 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from moslora_core.errors import UserError
 from moslora_core.methods import AdapterConfig, MethodConfig
+from moslora_core.record import RunRecord
 
 from .tasks import TASKS
 
 EXPERIMENT = "commonsense_reasoning"
 CONF_MODULE = f"{EXPERIMENT}.conf"
+ON_FINISHED = ("refuse", "skip", "overwrite")
 # Keys that change how a run is evaluated, not which run it is.
 # data.train_items stays in the name: it is the fraction of Figure 4.
 NOT_IN_LABEL = (
@@ -177,3 +180,14 @@ class Config:
     run_name: str | None = None
     on_finished: str = "refuse"
     dry_run: bool = False
+
+
+def locate(config: Config) -> RunRecord:
+    """The run record of a configuration."""
+    label = config.run_name or "default"
+    return RunRecord.locate(config.runs_dir, EXPERIMENT, config.scale.name, config.method.name, label, config.seed)
+
+
+def check_on_finished(config: Config) -> None:
+    if config.on_finished not in ON_FINISHED:
+        raise UserError(f"on_finished must be refuse, skip or overwrite, found {config.on_finished!r}")

@@ -38,7 +38,7 @@ from moslora_core.record import (
 )
 
 from .adapted import adapter_digest, load_adapted
-from .config import CONF_MODULE, EXPERIMENT, NOT_IN_LABEL, Config
+from .config import CONF_MODULE, EXPERIMENT, NOT_IN_LABEL, Config, check_on_finished, locate
 from .extraction import first_answer, last_answer
 from .lm_eval_tasks.functions import read_items
 from .models import load_tokenizer
@@ -91,20 +91,13 @@ def check(config: Config) -> list[str]:
     return [name for name in known if name in asked]
 
 
-def locate(config: Config) -> RunRecord:
-    """The run record of a configuration."""
-    label = config.run_name or "default"
-    return RunRecord.locate(config.runs_dir, EXPERIMENT, config.scale.name, config.method.name, label, config.seed)
-
-
 def is_base(config: Config) -> bool:
     """Whether the model is evaluated as it is, without an adapter."""
     return config.method.tuner == "none"
 
 
 def _is_done(config: Config, record: RunRecord, name: str) -> bool:
-    if config.on_finished not in ("refuse", "skip", "overwrite"):
-        raise UserError(f"on_finished must be refuse, skip or overwrite, found {config.on_finished!r}")
+    check_on_finished(config)
     if config.on_finished == "overwrite" or name not in record.results().evaluations:
         return False
     if config.on_finished == "refuse":

@@ -42,7 +42,7 @@ from moslora_core.errors import UserError
 from moslora_core.methods import attach, peft_config
 from moslora_core.record import RunRecord, Stopwatch, Training, append_jsonl, peak_memory, repair_jsonl, write_atomic
 
-from .config import CONF_MODULE, EXPERIMENT, NOT_IN_LABEL, Config
+from .config import CONF_MODULE, EXPERIMENT, NOT_IN_LABEL, Config, check_on_finished, locate
 from .data import check_prepared, load_training
 from .models import architecture, load_base, load_tokenizer
 from .tasks import PUBLISHED_TRAIN_ITEMS
@@ -360,17 +360,9 @@ def _loraplus(model: PeftModel, config: Config) -> torch.optim.Optimizer | None:
 # ------------------------------------------------------------------------------------------------------------ command
 
 
-def locate(config: Config) -> RunRecord:
-    """The run record of a configuration."""
-    return RunRecord.locate(
-        config.runs_dir, EXPERIMENT, config.scale.name, config.method.name, config.run_name or "default", config.seed
-    )
-
-
 def _is_done(config: Config, record: RunRecord) -> bool:
     """Whether there is nothing to do; refuses a finished run unless ``on_finished`` says otherwise."""
-    if config.on_finished not in ("refuse", "skip", "overwrite"):
-        raise UserError(f"on_finished must be refuse, skip or overwrite, found {config.on_finished!r}")
+    check_on_finished(config)
     if not record.is_trained():
         return False
     if config.on_finished == "skip":
