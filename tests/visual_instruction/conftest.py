@@ -123,8 +123,8 @@ def prepared_dir(tmp_path: Path) -> Path:
         "image_root": None,
         "subset": {"train_items": None, "test_items": None, "validation_items": None, "seed": 0},
         "train": {"items": len(items)},
-        "benchmarks": dict.fromkeys(BENCHMARKS, {"items": 5}),
-        "validation": dict.fromkeys(BENCHMARKS, {"items": 5}),
+        "benchmarks": {name: {"items": 5} for name in BENCHMARKS},
+        "validation": {name: {"items": 5} for name in BENCHMARKS},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder
