@@ -7,15 +7,14 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from moslora_core.errors import UserError
 from moslora_core.methods import AdapterConfig, MethodConfig
 from moslora_core.record import RunRecord
+from moslora_core.running import TrainingConfig
 
 from .tasks import TASKS
 
 EXPERIMENT = "commonsense_reasoning"
 CONF_MODULE = f"{EXPERIMENT}.conf"
-ON_FINISHED = ("refuse", "skip", "overwrite")
 # Keys that change how a run is evaluated, not which run it is.
 # data.train_items stays in the name: it is the fraction of Figure 4.
 NOT_IN_LABEL = (
@@ -111,41 +110,6 @@ class DataConfig:
 
 
 @dataclass
-class TrainingConfig:
-    """Hyperparameters of the training.
-
-    Attributes:
-        global_batch_size: sequences per optimiser step over all devices; accumulation is derived and must divide.
-        max_steps: optimiser steps; null trains for ``epochs``.
-        precision: fp32 | bf16 | fp16 autocast, or auto: bf16 on GPUs that have it, fp32 elsewhere.
-        eval_steps: steps between validations; null for none.
-        save_steps: steps between resumable checkpoints; null for none.
-        load_best: keep the checkpoint of lowest validation loss instead of the last.
-        deepspeed: a DeepSpeed configuration file, or a name below ``conf/deepspeed``.
-    """
-
-    learning_rate: float = MISSING
-    lr_scheduler: str = "linear"
-    warmup_steps: int = 0
-    epochs: float = 1.0
-    max_steps: int | None = None
-    global_batch_size: int = MISSING
-    per_device_batch_size: int = MISSING
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    optimizer: str = "adamw_torch"
-    precision: str = "auto"
-    group_by_length: bool = True
-    logging_steps: int = 10
-    eval_steps: int | None = None
-    save_steps: int | None = None
-    save_total_limit: int = 3
-    load_best: bool = False
-    tensorboard: bool = False
-    deepspeed: str | None = None
-
-
-@dataclass
 class EvaluationConfig:
     """How a trained adapter is evaluated.
 
@@ -186,8 +150,3 @@ def locate(config: Config) -> RunRecord:
     """The run record of a configuration."""
     label = config.run_name or "default"
     return RunRecord.locate(config.runs_dir, EXPERIMENT, config.scale.name, config.method.name, label, config.seed)
-
-
-def check_on_finished(config: Config) -> None:
-    if config.on_finished not in ON_FINISHED:
-        raise UserError(f"on_finished must be refuse, skip or overwrite, found {config.on_finished!r}")

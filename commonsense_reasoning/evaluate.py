@@ -14,39 +14,35 @@ two of them meet in a table column:
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from moslora_core import launch
 from moslora_core.errors import UserError
-from moslora_core.record import (
-    Evaluation,
-    Prediction,
-    RunRecord,
-    TaskResult,
-    append_jsonl,
-    repair_jsonl,
-    write_atomic,
+from moslora_core.evaluations import (
+    STAGE,
+    digest,
+    fingerprint,
+    finished_items,
+    is_done,
+    resume,
+    share_stderr,
+    trained_adapter,
 )
+from moslora_core.record import Evaluation, Prediction, RunRecord, TaskResult, append_jsonl, write_atomic
 
-from .adapted import adapter_digest, load_adapted
-from .config import CONF_MODULE, EXPERIMENT, NOT_IN_LABEL, Config, check_on_finished, locate
+from .config import CONF_MODULE, EXPERIMENT, NOT_IN_LABEL, Config, locate
 from .extraction import first_answer, last_answer
 from .lm_eval_tasks.functions import read_items
-from .models import load_tokenizer
+from .models import load_adapted, load_tokenizer
 from .tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
-STAGE = "evaluate"
 MODES = ("generate", "loglikelihood", "harness")
 PROTOCOLS = ("paper", "corrected")
 
@@ -96,30 +92,6 @@ def is_base(config: Config) -> bool:
     return config.method.tuner == "none"
 
 
-def _is_done(config: Config, record: RunRecord, name: str) -> bool:
-    check_on_finished(config)
-    if config.on_finished == "overwrite" or name not in record.results().evaluations:
-        return False
-    if config.on_finished == "refuse":
-        raise UserError(
-            f"{record.path} has the evaluation {name} already; on_finished=skip keeps it, on_finished=overwrite "
-            "replaces it"
-        )
-    logger.info("already evaluated (%s): %s", name, record.path)
-    return True
-
-
-def _adapter(config: Config, record: RunRecord) -> Path | None:
-    """Folder of the run's adapter, None for the untrained base."""
-    if is_base(config):
-        return None
-    if not record.adapter_path.is_dir():
-        command = f"python -m {EXPERIMENT}.train scale={config.scale.name} method={config.method.name}"
-        same = "" if config.run_name in (None, "default") else f" and the same overrides ({config.run_name})"
-        raise UserError(f"no adapter at {record.adapter_path}; train it: {command} seed={config.seed}{same}")
-    return record.adapter_path
-
-
 def settings(config: Config) -> dict[str, Any]:
     """What the numbers of an evaluation depend on, beside the adapter and the items."""
     evaluation, model = config.evaluation, config.model
@@ -137,37 +109,6 @@ def settings(config: Config) -> dict[str, Any]:
     if evaluation.mode == "generate":
         found |= {"num_beams": config.protocol.num_beams, "max_new_tokens": config.protocol.max_new_tokens}
     return found
-
-
-# ------------------------------------------------------------------------------------------------------------- resume
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def fingerprint(adapter: Path | None, used: dict[str, Any], item_digests: dict[str, str]) -> str:
-    """Digest of all that earlier predictions must agree with to be kept.
-
-    The batch size is left out: no answer depends on it, and a smaller one is how an evaluation that ran out of memory
-    goes on.
-    """
-    kept = {key: value for key, value in used.items() if key != "batch_size"}
-    return _digest([adapter and adapter_digest(adapter), kept, item_digests])
-
-
-def resume(path: Path, expected: str) -> list[dict[str, Any]]:
-    """Finished chunks of a stopped evaluation: one line each, so that a chunk is there whole or not at all.
-
-    A file of another adapter, other settings or other items is replaced by an empty one.
-    """
-    rows = repair_jsonl(path) if path.exists() else []
-    if rows and rows[0].get("fingerprint") == expected:
-        return rows[1:]
-    if rows:
-        logger.warning("the stopped evaluation in %s had another adapter, settings or items: starting afresh", path)
-    write_atomic(path, json.dumps({"fingerprint": expected}) + "\n")
-    return []
 
 
 # -------------------------------------------------------------------------------------------------------------- score
@@ -200,7 +141,7 @@ def task_result(predictions: Sequence[Prediction]) -> TaskResult:
         metric="accuracy",
         value=accuracy,
         n=n,
-        stderr=math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else None,
+        stderr=share_stderr(accuracy, n),
         unparsed=sum(p.prediction is None for p in predictions) / n if generated else None,
         lenient=lenient_accuracy(predictions) if generated else None,
     )
@@ -227,16 +168,6 @@ def _load_tasks(config: Config, names: Sequence[str]) -> dict[str, Any]:
     return tasks
 
 
-def _finished(chunks: Sequence[dict[str, Any]], task: str) -> dict[int, Prediction]:
-    """Predictions in ``chunks`` of one task, by index of the item."""
-    return {
-        index: Prediction(**prediction)
-        for chunk in chunks
-        if chunk["task"] == task
-        for index, prediction in zip(chunk["items"], chunk["predictions"], strict=True)
-    }
-
-
 def evaluate(config: Config, record: RunRecord, names: Sequence[str]) -> tuple[Evaluation, list[Prediction]]:
     """Scores the tasks ``names``, chunk by chunk into the record's partial file.
 
@@ -250,9 +181,9 @@ def evaluate(config: Config, record: RunRecord, names: Sequence[str]) -> tuple[E
     # Read once: some of lm-eval's own tasks process their documents anew at every access.
     docs = {task: list(found.eval_docs)[: config.evaluation.limit] for task, found in tasks.items()}
     used = settings(config) | {"task_versions": {task: found.VERSION for task, found in tasks.items()}}
-    adapter = _adapter(config, record)
+    adapter = trained_adapter(record, config, EXPERIMENT)
     partial = record.partial_predictions_path(name)
-    chunks = resume(partial, fingerprint(adapter, used, {task: _digest(rows) for task, rows in docs.items()}))
+    chunks = resume(partial, fingerprint(adapter, used, {task: digest(rows) for task, rows in docs.items()}))
 
     @functools.cache
     def model() -> harness.CausalLM:  # a resumed evaluation may have nothing left to score
@@ -261,7 +192,7 @@ def evaluate(config: Config, record: RunRecord, names: Sequence[str]) -> tuple[E
 
     by_task: dict[str, list[Prediction]] = {}
     for task in names:
-        done = _finished(chunks, task)
+        done = finished_items(chunks, task)
         pending = [index for index in range(len(docs[task])) if index not in done]
         if done:
             logger.info("%s: %d of %d items were scored before", task, len(done), len(docs[task]))
@@ -301,9 +232,9 @@ def main(config: Config) -> None:
     if config.dry_run:
         logger.info("would evaluate %s on %s: %s", record.path, ", ".join(names), settings(config))
         return
-    if _is_done(config, record, name):
+    if is_done(record, name, config.on_finished):
         return
-    _adapter(config, record)
+    trained_adapter(record, config, EXPERIMENT)
     if config.evaluation.mode != "harness":
         for task in names:
             read_items(config.data.dir, task)

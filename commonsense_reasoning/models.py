@@ -1,111 +1,51 @@
-"""Loading the base model and its tokenizer: a folder, a hub id, weights inside a package, GGUF."""
+"""Loading the base model, its tokenizer and a run's adapter."""
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import shutil
-import tempfile
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+import moslora_core  # noqa: F401  (registers the adapter type MOSLORA with PEFT)
+from moslora_core.base_models import (
+    attach_saved,
+    device_map,
+    from_gguf,
+    loading,
+    quantization_config,
+    resolve_path,
+    set_padding,
+    weights_dtype,
+)
 from moslora_core.errors import UserError
 
 from .config import ModelConfig
 
-logger = logging.getLogger(__name__)
 
-_PACKAGE = "package:"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def resolve_path(path: str) -> str:
-    """Turns ``package:<module>[/<folder>]`` into the folder of that installed package; leaves other paths alone.
-
-    The package is located, not imported: one that only carries weights may need libraries that are not installed.
-    """
-    if not path.startswith(_PACKAGE):
-        return path
-    module, _, folder = path.removeprefix(_PACKAGE).partition("/")
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):  # the parent is missing, or the name is no module's
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"model.path={path}: no package {module!r} is installed; pip install it (make does)")
-    found = Path(spec.submodule_search_locations[0]) / folder
-    if not found.is_dir():
-        raise UserError(f"model.path={path}: the package has no folder {folder!r} at {found}")
-    return str(found)
+def _name(config: ModelConfig) -> str:
+    return f"model.path={config.path}"
 
 
 def base_path(config: ModelConfig) -> str:
     """Path or hub id that transformers loads: converts GGUF weights into ``cache_dir`` at their first use."""
     path = resolve_path(config.path)
-    if config.gguf_file is None:
-        return path
-    target = Path(config.cache_dir) / Path(config.gguf_file).stem
-    if not (target / "config.json").exists():
-        _convert_gguf(path, config.gguf_file, target)
-    return str(target)
-
-
-def _convert_gguf(path: str, gguf_file: str, target: Path) -> None:
-    if not (Path(path) / gguf_file).is_file():
-        raise UserError(f"model.gguf_file={gguf_file}: not found in {path}")
-    logger.info("converting %s to float32 safetensors in %s (once, about a minute)", gguf_file, target)
-    model = AutoModelForCausalLM.from_pretrained(path, gguf_file=gguf_file, dtype=torch.float32)
-    # The weights are dequantised by now; the marks would make save_pretrained refuse them.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        folder = Path(temporary) / "model"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        if target.exists():
-            shutil.rmtree(target)
-        folder.rename(target)
-
-
-# transformers raises ValueError for a folder of another kind, ImportError for a library that a format needs, and
-# safetensors an error of its own.
-_LOADING = (OSError, ValueError, ImportError, SafetensorError)
-
-
-def _cannot_load(config: ModelConfig, error: Exception) -> UserError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return UserError(f"model.path={config.path}: {reason}")
+    return path if config.gguf_file is None else str(from_gguf(path, config.gguf_file, config.cache_dir))
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Tokenizer with left padding (for generation) and a padding token that is never an end of sequence.
+    """Tokenizer of the base, ready for batches (see :func:`~moslora_core.base_models.set_padding`).
 
-    The published code pads with token 0, which is an ordinary token of LLaMA-3; attention masks make the choice of
-    token immaterial here, but it must not be the end token that generation stops at where another exists.
+    Raises:
+        UserError: a path that holds no tokenizer, or one without an end of sequence.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer = loading(
+        lambda: AutoTokenizer.from_pretrained(
             base_path(config), revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except UserError:
-        raise
-    except _LOADING as error:
-        raise _cannot_load(config, error) from None
-    if tokenizer.eos_token is None:
-        raise UserError(f"model.path={config.path}: its tokenizer has no end-of-sequence token")
-    if tokenizer.pad_token is None:
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        reserved = [token for token in special if "pad" in token.lower() or "reserved" in token.lower()]
-        tokenizer.pad_token = min(reserved) if reserved else tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    return tokenizer
+        ),
+        _name(config),
+    )
+    return set_padding(tokenizer, _name(config))
 
 
 def load_base(config: ModelConfig, device_map: dict | None = None) -> PreTrainedModel:
@@ -114,36 +54,24 @@ def load_base(config: ModelConfig, device_map: dict | None = None) -> PreTrained
     Raises:
         UserError: a path that holds no model, an unknown dtype or quantisation.
     """
-    dtype = "auto" if config.dtype == "auto" else _DTYPES.get(config.dtype)
-    if dtype is None:
-        raise UserError(f"model.dtype must be auto, float32, bfloat16 or float16, found {config.dtype!r}")
+    dtype = weights_dtype(config.dtype)
     settings = {"revision": config.revision, "trust_remote_code": config.trust_remote_code, "dtype": dtype}
-    if (quantization := _quantization(config, dtype)) is not None:
+    if (quantization := quantization_config(config.quantization, dtype)) is not None:
         settings["quantization_config"] = quantization
-    try:
-        return AutoModelForCausalLM.from_pretrained(base_path(config), device_map=device_map, **settings)
-    except UserError:
-        raise
-    except _LOADING as error:
-        raise _cannot_load(config, error) from None
+    return loading(
+        lambda: AutoModelForCausalLM.from_pretrained(base_path(config), device_map=device_map, **settings),
+        _name(config),
+    )
 
 
-def _quantization(config: ModelConfig, dtype):
-    if config.quantization == "none":
-        return None
-    from transformers import BitsAndBytesConfig
+def load_adapted(config: ModelConfig, adapter: Path | None) -> PreTrainedModel | PeftModel:
+    """The base model in evaluation mode, on the GPU where there is one, with ``adapter`` on it if one is given.
 
-    if config.quantization == "nf4":
-        compute = torch.float32 if dtype == "auto" else dtype
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
-        )
-    if config.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    raise UserError(f"model.quantization must be none, nf4 or int8, found {config.quantization!r}")
+    Raises:
+        UserError: an adapter that is damaged, of another model, or incomplete.
+    """
+    model = load_base(config, device_map())
+    return (model if adapter is None else attach_saved(model, adapter, _name(config))).eval()
 
 
 def architecture(config: ModelConfig):
@@ -155,11 +83,9 @@ def architecture(config: ModelConfig):
             return AutoConfig.for_model(kind, **settings)
         except ValueError:
             raise UserError(f"model.architecture: model_type {kind!r} is not one that transformers knows") from None
-    try:
-        return AutoConfig.from_pretrained(
+    return loading(
+        lambda: AutoConfig.from_pretrained(
             base_path(config), revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except UserError:
-        raise
-    except _LOADING as error:
-        raise _cannot_load(config, error) from None
+        ),
+        _name(config),
+    )

@@ -15,13 +15,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commonsense_reasoning import evaluate as evaluation
-from commonsense_reasoning.adapted import adapter_digest, load_adapted
 from commonsense_reasoning.config import CONF_MODULE, NOT_IN_LABEL, Config
 from commonsense_reasoning.extraction import first_answer
 from commonsense_reasoning.lm_eval_tasks import harness
+from commonsense_reasoning.models import load_adapted
 from commonsense_reasoning.prompts import EVALUATE_PROMPTS, RESPONSE_MARK
 from commonsense_reasoning.tasks import TASKS, offered_labels
 from moslora_core import MoSLoraConfig, launch
+from moslora_core.base_models import adapter_digest
 from moslora_core.errors import UserError
 from moslora_core.fold import fold_adapter
 from moslora_core.methods import peft_config

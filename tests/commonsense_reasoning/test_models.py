@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 import commonsense_reasoning
 from commonsense_reasoning.config import ModelConfig
-from commonsense_reasoning.models import architecture, base_path, load_base, load_tokenizer, resolve_path
+from commonsense_reasoning.models import architecture, base_path, load_base, load_tokenizer
+from moslora_core.base_models import resolve_path
 from moslora_core.errors import UserError
 
 

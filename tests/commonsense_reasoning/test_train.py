@@ -29,15 +29,15 @@ from commonsense_reasoning.config import (
     ModelConfig,
     ProtocolConfig,
     ScaleConfig,
-    TrainingConfig,
 )
 from commonsense_reasoning.data import load_training
-from commonsense_reasoning.models import resolve_path
 from commonsense_reasoning.train import locate, main
 from moslora_core import launch
+from moslora_core.base_models import resolve_path
 from moslora_core.errors import UserError
 from moslora_core.methods import METHODS, AdapterConfig, peft_config
 from moslora_core.record import read_json
+from moslora_core.running import TrainingConfig
 
 STEPS = 4
 PROTOCOLS = ("paper", "corrected")

@@ -1,0 +1,111 @@
+"""Evaluations of a run that can be stopped and resumed: what is kept of an earlier start, and what must not be.
+
+A running evaluation keeps its finished items in the record's partial file, a line a chunk, under a first line with the
+fingerprint of all that the answers depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .base_models import adapter_digest
+from .errors import UserError
+from .record import Prediction, RunRecord, repair_jsonl, write_atomic
+from .running import check_on_finished
+
+logger = logging.getLogger(__name__)
+
+STAGE = "evaluate"
+
+
+def is_done(record: RunRecord, name: str, on_finished: str) -> bool:
+    """Whether the record has the evaluation ``name`` already and is to keep it.
+
+    Raises:
+        UserError: it has, and ``on_finished`` is ``refuse``.
+    """
+    check_on_finished(on_finished)
+    if on_finished == "overwrite" or name not in record.results().evaluations:
+        return False
+    if on_finished == "refuse":
+        raise UserError(
+            f"{record.path} has the evaluation {name} already; on_finished=skip keeps it, on_finished=overwrite "
+            "replaces it"
+        )
+    logger.info("already evaluated (%s): %s", name, record.path)
+    return True
+
+
+def trained_adapter(record: RunRecord, config: Any, experiment: str) -> Path | None:
+    """Folder of the run's adapter, None for the untrained base.
+
+    Args:
+        config: the experiment's configuration, with ``method``, ``scale``, ``seed`` and ``run_name``.
+
+    Raises:
+        UserError: the run has not been trained; says the command.
+    """
+    if config.method.tuner == "none":
+        return None
+    if not record.adapter_path.is_dir():
+        command = f"python -m {experiment}.train scale={config.scale.name} method={config.method.name}"
+        same = "" if config.run_name in (None, "default") else f" and the same overrides ({config.run_name})"
+        raise UserError(f"no adapter at {record.adapter_path}; train it: {command} seed={config.seed}{same}")
+    return record.adapter_path
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(adapter: Path | None, used: dict[str, Any], item_digests: dict[str, str]) -> str:
+    """Digest of all that earlier predictions must agree with to be kept.
+
+    The batch size is left out: no answer depends on it, and a smaller one is how an evaluation that ran out of memory
+    goes on.
+
+    Args:
+        used: settings that the answers depend on.
+        item_digests: task -> digest of its items.
+    """
+    kept = {key: value for key, value in used.items() if key != "batch_size"}
+    return digest([adapter and adapter_digest(adapter), kept, item_digests])
+
+
+def resume(path: Path, expected: str) -> list[dict[str, Any]]:
+    """Finished chunks of a stopped evaluation: one line each, so that a chunk is there whole or not at all.
+
+    A file of another adapter, other settings or other items is replaced by an empty one.
+    """
+    rows = repair_jsonl(path) if path.exists() else []
+    if rows and rows[0].get("fingerprint") == expected:
+        return rows[1:]
+    if rows:
+        logger.warning("the stopped evaluation in %s had another adapter, settings or items: starting afresh", path)
+    write_atomic(path, json.dumps({"fingerprint": expected}) + "\n")
+    return []
+
+
+def finished_items(chunks: Sequence[dict[str, Any]], task: str) -> dict[int, Prediction]:
+    """Predictions in ``chunks`` of one task, by index of the item.
+
+    A chunk is ``{"task", "items": [index, ..], "seconds", "predictions": [.., ..]}``.
+    """
+    return {
+        index: Prediction(**prediction)
+        for chunk in chunks
+        if chunk["task"] == task
+        for index, prediction in zip(chunk["items"], chunk["predictions"], strict=True)
+    }
+
+
+def share_stderr(share: float, n: int) -> float | None:
+    """Standard error of a share over ``n`` items (of a mean, with n - 1); None for a single item."""
+    return math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
