@@ -5,7 +5,7 @@
         environment.json    per stage: package versions, git commit, hardware, command line, start and end
         metrics.jsonl       one object a logged step: step, loss, learning_rate, tokens, seconds, peak_memory_bytes
         adapter/            PEFT format, safetensors
-        results.json        training summary, and per evaluation {task: {metric, value, n, stderr}}
+        results.json        training summary, and per evaluation {task: {metric, value, n, stderr, breakdown}}
         predictions.jsonl   one object an evaluated item: evaluation, task, id, gold, prediction, correct
         status.json         running | finished | failed, with stage and reason
 
@@ -63,7 +63,11 @@ _PACKAGES = (
 
 @dataclass
 class TaskResult:
-    """One number of a table: ``value`` of ``metric`` over ``n`` items, with the standard error over the items."""
+    """One number of a table: ``value`` of ``metric`` over ``n`` items, with the standard error over the items.
+
+    ``breakdown`` holds the same over named parts of the items (MMBench's abilities, MME's perception and cognition);
+    a part has no parts of its own.
+    """
 
     metric: str
     value: float
@@ -71,6 +75,7 @@ class TaskResult:
     stderr: float | None = None
     unparsed: float | None = None  # share of responses in which no answer was found, where the protocol parses one
     lenient: float | None = None  # the same metric under a more forgiving reading of the responses
+    breakdown: dict[str, TaskResult] | None = None
 
 
 @dataclass
@@ -252,9 +257,18 @@ def _check_finite(entry: Any, where: str, required: Iterable[str], optional: Ite
             raise UserError(f"{where}: {name} must be a finite number, found {number!r}")
 
 
-def _task_result(value: Any, where: str) -> TaskResult:
+def _task_result(value: Any, where: str, *, part: bool = False) -> TaskResult:
     result = _build(TaskResult, value, where)
-    _check_finite(result, where, ("value", "n"), ("stderr", "unparsed"))
+    _check_finite(result, where, ("value", "n"), ("stderr", "unparsed", "lenient"))
+    if result.breakdown is not None:
+        if part:
+            raise UserError(f"{where}: breakdown inside a breakdown; expected none, found {result.breakdown!r}")
+        if not isinstance(result.breakdown, dict):
+            raise UserError(f"{where}: breakdown must be an object, found {result.breakdown!r}")
+        result.breakdown = {
+            name: _task_result(entry, f"{where}.breakdown.{name}", part=True)
+            for name, entry in result.breakdown.items()
+        }
     return result
 
 

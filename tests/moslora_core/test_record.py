@@ -256,6 +256,66 @@ def test_results_come_back_as_written(run):
     assert [row["correct"] for row in run.predictions()] == [True, False]
 
 
+BROKEN_DOWN = TaskResult(
+    "accuracy",
+    0.5,
+    4,
+    0.25,
+    lenient=0.75,
+    breakdown={
+        "Attribute Reasoning": TaskResult("accuracy", 1.0, 2, 0.0),
+        "circular": TaskResult("circular_accuracy", 0.25, 4, unparsed=0.5),
+    },
+)
+
+
+def test_a_breakdown_comes_back_as_results(run):
+    written = Evaluation("exact", {"mmbench_en": BROKEN_DOWN, "textvqa": TaskResult("vqa_accuracy", 0.3, 10)}, 1.5)
+    run.add_evaluation("exact", written, [])
+    read = run.results().evaluations["exact"]
+    assert read == written
+    assert all(type(part) is TaskResult for part in read.tasks["mmbench_en"].breakdown.values())
+    assert read.mean == pytest.approx(0.4), "parts are no tasks of their own"
+
+
+def test_a_result_from_before_breakdowns_is_read(run):
+    run.add_evaluation("generate", evaluation(0.5), [])
+    path = run.path / "results.json"
+    raw = json.loads(path.read_text())
+    del raw["evaluations"]["generate"]["tasks"]["boolq"]["breakdown"]
+    path.write_text(json.dumps(raw))
+    assert run.results().evaluations == {"generate": evaluation(0.5)}
+
+
+@pytest.mark.parametrize(
+    ("breakdown", "expected"),
+    [
+        ([], "exact.mmbench_en: breakdown must be an object, found []"),
+        ({"AR": 0.5}, "exact.mmbench_en.breakdown.AR: expected an object with"),
+        ({"AR": {"metric": "accuracy", "value": 1.0}}, "breakdown.AR: missing 1 required positional argument: 'n'"),
+        ({"AR": {"metric": "accuracy", "value": 1.0, "n": 2, "of": 3}}, "breakdown.AR: unknown key 'of'"),
+        ({"AR": {"metric": "accuracy", "value": math.nan, "n": 2}}, "breakdown.AR: value must be a finite number"),
+        (
+            {"AR": {"metric": "accuracy", "value": 1.0, "n": 2, "lenient": math.inf}},
+            "breakdown.AR: lenient must be a finite number, found inf",
+        ),
+        (
+            {"AR": {"metric": "accuracy", "value": 1.0, "n": 2, "breakdown": {}}},
+            "exact.mmbench_en.breakdown.AR: breakdown inside a breakdown; expected none, found {}",
+        ),
+    ],
+)
+def test_a_damaged_breakdown_is_named(run, breakdown, expected):
+    run.add_evaluation("exact", Evaluation("exact", {"mmbench_en": BROKEN_DOWN}, 1.5), [])
+    path = run.path / "results.json"
+    raw = json.loads(path.read_text())
+    raw["evaluations"]["exact"]["tasks"]["mmbench_en"]["breakdown"] = breakdown
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UserError) as caught:
+        run.results()
+    assert expected in str(caught.value) and str(path) in str(caught.value)
+
+
 def test_an_evaluation_replaces_its_own_and_keeps_the_others(run):
     run.set_training(TRAINING)
     run.add_evaluation("generate", evaluation(0.5), predictions("generate", "true", "false"))
