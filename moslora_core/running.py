@@ -45,6 +45,8 @@ class TrainingConfig:
     Attributes:
         warmup_steps: steps of linear warm-up; below 1, the share of all steps.
         global_batch_size: examples per optimiser step over all devices; accumulation is derived and must divide.
+        devices: number of processes, one a device, that the run is meant for; a training on another number is refused.
+            null takes as many as were started.
         max_steps: optimiser steps; null trains for ``epochs``.
         precision: fp32 | bf16 | fp16 autocast, or auto: bf16 on GPUs that have it, fp32 elsewhere.
         group_by_length: batches of examples of similar length.
@@ -62,6 +64,7 @@ class TrainingConfig:
     max_steps: int | None = None
     global_batch_size: int = MISSING
     per_device_batch_size: int = MISSING
+    devices: int | None = None
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     optimizer: str = "adamw_torch"
@@ -102,13 +105,32 @@ def total_steps(training: TrainingConfig, examples: int) -> int:
     return optimiser_steps(examples, training.global_batch_size, training.epochs)
 
 
+def planned_devices(training: TrainingConfig) -> int:
+    """Devices that a run is meant for, or those that were started."""
+    return world_size() if training.devices is None else training.devices
+
+
 def accumulation(training: TrainingConfig) -> int:
-    """Gradient accumulation over the processes that were started.
+    """Gradient accumulation over the devices that the run is meant for.
 
     Raises:
         UserError: the global batch is not a multiple of what the devices take.
     """
-    return accumulation_steps(training.global_batch_size, training.per_device_batch_size, world_size())
+    devices = planned_devices(training)
+    return accumulation_steps(training.global_batch_size, training.per_device_batch_size, devices)
+
+
+def check_devices(training: TrainingConfig) -> None:
+    """Refuses a launch on another number of devices than the run is meant for.
+
+    Raises:
+        UserError: says both numbers.
+    """
+    if (planned := planned_devices(training)) != (started := world_size()):
+        raise UserError(
+            f"training.devices={planned}, but {started} process{'es' if started > 1 else ''} started; start "
+            f"torchrun --nproc_per_node {planned}, or set training.devices={started}: global_batch_size stays as it is"
+        )
 
 
 def _precision(name: str) -> dict[str, bool]:
@@ -153,6 +175,7 @@ def training_arguments(
     Raises:
         UserError: a setting that is out of range, contradicts another, or that transformers refuses.
     """
+    check_devices(training)
     if training.learning_rate <= 0:
         raise UserError(f"training.learning_rate must be positive, found {training.learning_rate}")
     if training.load_best and (not validates or training.eval_steps is None or training.save_steps is None):
