@@ -10,10 +10,10 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from moslora_core.errors import UserError
-from moslora_core.record import read_json
+from moslora_core.prepared import check_subset, read_manifest
 
 from .config import DataConfig, ProtocolConfig
-from .prepare_data import MANIFEST_FILE, TRAIN_FILE, read_items
+from .prepare_data import TRAIN_FILE, read_items
 from .prompts import TRAIN_PROMPTS
 
 logger = logging.getLogger(__name__)
@@ -51,25 +51,9 @@ def encode(
 
 def check_prepared(data: DataConfig) -> None:
     """Checks that ``data.dir`` holds prepared data and that it is the subset that the configuration asks for."""
-    manifest_path = Path(data.dir) / MANIFEST_FILE
-    if not manifest_path.exists():
-        raise UserError(
-            f"data.dir={data.dir}: no prepared data; run python -m commonsense_reasoning.prepare_data "
-            "with the same settings first"
-        )
-    manifest = read_json(manifest_path)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("subset", {}), dict):
-        raise UserError(f"{manifest_path} is damaged: expected what prepare_data writes")
-    subset = manifest.get("subset", {})
-    asked = {"train_items": ("train_items", data.train_items)}
-    if data.train_items is not None:
-        asked["seed"] = ("subset_seed", data.subset_seed)
-    for key, (name, value) in asked.items():
-        if subset.get(key) != value:
-            raise UserError(
-                f"data.{name}={value}, but {data.dir} was prepared with {subset.get(key)}; "
-                "run prepare_data with the same settings, or name another data.dir"
-            )
+    folder = Path(data.dir)
+    manifest = read_manifest(folder, "commonsense_reasoning.prepare_data")
+    check_subset(folder, manifest, data.train_items, data.subset_seed)
 
 
 def load_training(

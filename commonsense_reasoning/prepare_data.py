@@ -12,13 +12,9 @@ An item is {"id", "instruction", "input", "output", "answer"}; the id names file
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import random
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +22,7 @@ from typing import Any
 
 from moslora_core import launch
 from moslora_core.errors import UserError
+from moslora_core.prepared import new_folder, sha256, write_manifest
 from moslora_core.record import read_json
 
 from . import smoke_world
@@ -35,7 +32,6 @@ from .tasks import ITEM_FIELDS, TASKS, offered_labels
 logger = logging.getLogger(__name__)
 
 TRAIN_FILE = "train.json"
-MANIFEST_FILE = "manifest.json"
 SOURCES = ("smoke", "folder", "hub")
 
 Item = dict[str, str]
@@ -117,7 +113,7 @@ def _read_folder(data: DataConfig) -> tuple[list[Item], dict[str, list[Item]], d
     tests = {name: _test_name(data, name) for name in data.tasks}
     train = [item for file in data.train_files for item in read_items(root / file, prefix=_train_prefix(file))]
     test = {name: read_items(root / file, TASKS[name].labels, prefix=name) for name, file in tests.items()}
-    return train, test, {file: _sha256(root / file) for file in [*data.train_files, *tests.values()]}
+    return train, test, {file: sha256(root / file) for file in [*data.train_files, *tests.values()]}
 
 
 def _read_hub(data: DataConfig) -> tuple[list[Item], dict[str, list[Item]], dict[str, str]]:
@@ -155,14 +151,6 @@ def _generate(data: DataConfig) -> tuple[list[Item], dict[str, list[Item]], dict
 _READERS = {"smoke": _generate, "folder": _read_folder, "hub": _read_hub}
 
 # ----------------------------------------------------------------------------------------------------------- checking
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _key(item: Item) -> str:
@@ -237,38 +225,12 @@ def prepare(data: DataConfig) -> dict[str, Any]:
         "subset": {"train_items": data.train_items, "test_items": data.test_items, "seed": data.subset_seed},
         **describe(train, test),
     }
-    _write(Path(data.dir), {TRAIN_FILE: train, **{test_file(name): items for name, items in test.items()}}, manifest)
-    return manifest
-
-
-def _write(target: Path, files: dict[str, list[Item]], manifest: dict[str, Any]) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    except OSError as error:
-        raise UserError(f"data.dir={target}: cannot write: {error.strerror}") from None
-    try:
-        written = {}
-        for name, items in files.items():
-            path = temporary / name
+    with new_folder(Path(data.dir)) as folder:
+        for name, items in {TRAIN_FILE: train, **{test_file(name): items for name, items in test.items()}}.items():
+            path = folder / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(items, ensure_ascii=False, indent=1), encoding="utf-8")
-            written[name] = _sha256(path)
-        manifest["files"] = written
-        (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        os.chmod(temporary, 0o755)
-        if target.exists():
-            if not (target / MANIFEST_FILE).exists() and any(target.iterdir()):
-                raise UserError(f"data.dir={target} holds something else; expected prepared data or no such folder")
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
-                target.rename(Path(aside) / "replaced")  # removed only when the new folder has its place
-                temporary.rename(target)
-        else:
-            temporary.rename(target)
-    except OSError as error:
-        raise UserError(f"data.dir={target}: cannot write: {error.strerror}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        return write_manifest(folder, manifest)
 
 
 # ------------------------------------------------------------------------------------------------------------ command

@@ -10,10 +10,11 @@ from pathlib import Path
 import datasets
 import pytest
 
-from commonsense_reasoning import prepare_data, smoke_world
+from commonsense_reasoning import smoke_world
 from commonsense_reasoning.config import DataConfig
 from commonsense_reasoning.prepare_data import prepare
 from commonsense_reasoning.tasks import TASKS
+from moslora_core import prepared
 from moslora_core.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "commonsense"
@@ -243,11 +244,9 @@ def test_a_failed_preparation_leaves_the_earlier_data(data, source, monkeypatch)
     with monkeypatch.context() as patch:
 
         def full(path: Path) -> str:
-            if path.is_relative_to(source):
-                return "0"
             raise OSError(28, "No space left on device")
 
-        patch.setattr(prepare_data, "_sha256", full)
+        patch.setattr(prepared, "sha256", full)
         assert "No space left on device" in refusal(data)
     assert tree(Path(data.dir)) == before
     assert [path.name for path in Path(data.dir).parent.iterdir()] == ["data"]

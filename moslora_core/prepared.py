@@ -1,0 +1,114 @@
+"""Prepared data: a folder that appears whole or not at all, and its manifest.
+
+What prepare_data of an experiment writes and the other commands read. The manifest says where the data came from,
+which subset of it was taken and the sha256 of what was written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .record import read_json
+
+MANIFEST_FILE = "manifest.json"
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of ``target`` when the block ends without an error.
+
+    An earlier ``target`` stays as it is until then, and is replaced only if it is empty or holds prepared data.
+
+    Raises:
+        UserError: a target that cannot be written or that holds something else.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise UserError(f"data.dir={target}: cannot write: {error.strerror}") from None
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        if target.exists():
+            if not (target / MANIFEST_FILE).exists() and any(target.iterdir()):
+                raise UserError(f"data.dir={target} holds something else; expected prepared data or no such folder")
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
+                target.rename(Path(aside) / "replaced")  # removed only when the new folder has its place
+                temporary.rename(target)
+        else:
+            temporary.rename(target)
+    except OSError as error:
+        raise UserError(f"data.dir={target}: cannot write: {error.strerror}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any], summarised: Sequence[str] = ()) -> dict[str, Any]:
+    """Writes ``manifest`` to ``folder`` with the sha256 of every file there as ``files``; returns it so.
+
+    Args:
+        summarised: subfolders of many files, each with one digest over the names and digests of its files.
+    """
+    files: dict[str, str] = {}
+    inside = {name: hashlib.sha256() for name in summarised}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        part = name.split("/", 1)[0]
+        if part in inside:
+            inside[part].update(f"{name} {sha256(path)}\n".encode())
+        else:
+            files[name] = sha256(path)
+    files |= {f"{part}/": digest.hexdigest() for part, digest in inside.items() if (folder / part).is_dir()}
+    manifest = {**manifest, "files": files}
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def read_manifest(folder: Path, command: str) -> dict[str, Any]:
+    """The manifest of prepared data.
+
+    Args:
+        command: the module that prepares it, for the error.
+
+    Raises:
+        UserError: no prepared data, or a damaged manifest.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.exists():
+        raise UserError(f"data.dir={folder}: no prepared data; run python -m {command} with the same settings first")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("subset", {}), dict):
+        raise UserError(f"{path} is damaged: expected what prepare_data writes")
+    return manifest
+
+
+def check_subset(folder: Path, manifest: dict[str, Any], train_items: int | None, subset_seed: int) -> None:
+    """Checks that the prepared training items are the subset that a configuration asks for."""
+    subset = manifest.get("subset", {})
+    asked = {"train_items": ("train_items", train_items)}
+    if train_items is not None:
+        asked["seed"] = ("subset_seed", subset_seed)
+    for key, (name, value) in asked.items():
+        if subset.get(key) != value:
+            raise UserError(
+                f"data.{name}={value}, but {folder} was prepared with {subset.get(key)}; "
+                "run prepare_data with the same settings, or name another data.dir"
+            )
