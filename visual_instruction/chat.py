@@ -116,13 +116,6 @@ TEMPLATES = {
 }
 
 
-def find_template(name: str) -> Template:
-    """The template that ``model.template`` names."""
-    if name not in TEMPLATES:
-        raise UserError(f"model.template must be one of {', '.join(TEMPLATES)}, found {name!r}")
-    return TEMPLATES[name]
-
-
 def check_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
     """Checks that every special token of the template, and ``<image>``, is one known token of ``tokenizer``.
 
