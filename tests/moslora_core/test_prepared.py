@@ -64,7 +64,7 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
 
 
 def test_missing_data_name_the_command(tmp_path):
-    with pytest.raises(UserError, match="no prepared data; run python -m x.prepare_data"):
+    with pytest.raises(UserError, match=r"no prepared data; run python -m x\.prepare_data"):
         read_manifest(tmp_path / "nowhere", "x.prepare_data")
 
 
