@@ -210,8 +210,10 @@ def estimate_memory(
     gradient_checkpointing: bool = False,
     attention: str = "sdpa",
     dropout: float = 0.0,
+    zero_stage: int = 0,
+    devices: int = 1,
 ) -> MemoryEstimate:
-    """Estimates the training memory of one device, nothing sharded: an order of magnitude for choosing a batch.
+    """Estimates the training memory of one device: an order of magnitude for choosing a batch.
 
     Weights take their dtype; under int8 and nf4 embeddings and output head stay in 16 bits. Gradients have the
     adapter's dtype, AdamW keeps two float32 states a trained parameter. Activations of a decoder, in elements of the
@@ -233,9 +235,11 @@ def estimate_memory(
         decoder: widths of the model; without it activations and logits are not estimated.
         batch: examples on the device in one forward pass.
         sequence: tokens an example.
+        zero_stage: what ZeRO spreads over ``devices``: 0 nothing, 1 the optimiser's states, 2 gradients too, 3 weights
+            and adapter too (Rajbhandari et al., ZeRO, section 3).
 
     Raises:
-        UserError: an unknown dtype or attention, or a size below 1.
+        UserError: an unknown dtype, attention or stage, or a size below 1.
     """
     if dtype not in BITS:
         raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(BITS)}")
@@ -243,7 +247,9 @@ def estimate_memory(
         raise UserError(f"adapter_dtype is {adapter_dtype!r}; expected one of {', '.join(_FLOATS)}")
     if attention not in ("sdpa", "eager"):
         raise UserError(f"attention is {attention!r}; expected sdpa or eager")
-    for name, value in (("batch", batch), ("sequence", sequence)):
+    if zero_stage not in (0, 1, 2, 3):
+        raise UserError(f"zero_stage is {zero_stage!r}; expected 0, 1, 2 or 3")
+    for name, value in (("batch", batch), ("sequence", sequence), ("devices", devices)):
         if value < 1:
             raise UserError(f"{name} is {value}; expected at least 1")
     unquantised = 0
@@ -256,6 +262,8 @@ def estimate_memory(
         "gradients": round(count.trainable * adapter_bytes),
         "optimiser": 8 * count.trainable,
     }
+    first_sharded = {"optimiser": 1, "gradients": 2, "weights": 3, "adapter": 3}
+    parts |= {name: -(-parts[name] // devices) for name, stage in first_sharded.items() if zero_stage >= stage}
     if decoder is None:
         return MemoryEstimate(**parts)
     compute = 4 if dtype == "float32" else 2

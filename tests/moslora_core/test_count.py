@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -250,11 +251,23 @@ def test_the_papers_setting_fits_its_card():
         ({"attention": "flash"}, "attention is 'flash'"),
         ({"batch": 0}, "batch is 0"),
         ({"sequence": -1}, "sequence is -1"),
+        ({"devices": 0}, "devices is 0"),
+        ({"zero_stage": 4}, "zero_stage is 4"),
     ],
 )
 def test_impossible_memory_settings_are_refused(setting, message):
     with pytest.raises(UserError, match=message):
         estimate_memory(COUNT, **setting)
+
+
+def test_zero_spreads_what_its_stage_says_over_the_devices():
+    whole = estimate_memory(COUNT, decoder=SHAPE, batch=2, sequence=5)
+    spread = {1: ["optimiser"], 2: ["optimiser", "gradients"], 3: ["optimiser", "gradients", "weights", "adapter"]}
+    for stage, parts in spread.items():
+        sharded = estimate_memory(COUNT, decoder=SHAPE, batch=2, sequence=5, zero_stage=stage, devices=4)
+        for name, size in asdict(whole).items():
+            assert getattr(sharded, name) == (math.ceil(size / 4) if name in parts else size), (stage, name)
+    assert estimate_memory(COUNT, decoder=SHAPE, batch=2, sequence=5, zero_stage=3, devices=1) == whole
 
 
 # ------------------------------------------------------------------------------------------------------------ steps
