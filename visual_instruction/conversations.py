@@ -61,24 +61,31 @@ class Faults:
         if len(self.first) < _NAMED:
             self.first.append((row, fault))
 
-    def settle(self, on_fault: str) -> None:
+    def total(self) -> str:
+        """How many of how many rows, by kind."""
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.counts.items()))
+        return f"{self.counts.total()} of {self.rows} rows ({kinds})"
+
+    def named(self) -> str:
+        """The first faults, by row."""
+        return "; ".join(f"{self.path}[{row}]: {fault}" for row, fault in self.first)
+
+    def settle(self, on_fault: str, key: str = "data.on_fault") -> None:
         """Refuses or says aloud what was found.
+
+        Args:
+            key: the setting that decides, for the error.
 
         Raises:
             UserError: ``on_fault`` is refuse and there is a fault, or no row is without one.
         """
         if not self.counts:
             return
-        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.counts.items()))
-        total = f"{self.counts.total()} of {self.rows} rows are faulty ({kinds})"
         if on_fault == "refuse":
-            row, fault = self.first[0]
-            others = f", also rows {', '.join(str(row) for row, _ in self.first[1:])}" if self.first[1:] else ""
-            raise UserError(f"{self.path}[{row}]: {fault}; {total}{others}; data.on_fault=skip leaves them out")
+            raise UserError(f"{self.named()}; in all {self.total()} are faulty; {key}=skip leaves them out")
         if self.counts.total() == self.rows:
-            raise UserError(f"{self.path}: {total}; nothing is left")
-        named = "; ".join(f"[{row}] {fault}" for row, fault in self.first)
-        logger.warning("%s: %s, skipped; the first: %s", self.path, total, named)
+            raise UserError(f"{self.path}: {self.total()} are faulty, nothing is left; the first: {self.named()}")
+        logger.warning("%s are faulty and skipped; the first: %s", self.total(), self.named())
 
 
 # ------------------------------------------------------------------------------------------------------- instructions
