@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
-import os
-import subprocess
-import sys
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,7 +13,6 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from commonsense_reasoning import train as train_module
@@ -38,6 +32,9 @@ from moslora_core.errors import UserError
 from moslora_core.methods import METHODS, AdapterConfig, peft_config
 from moslora_core.record import read_json
 from moslora_core.running import TrainingConfig
+
+from .. import training_runs
+from ..training_runs import Killed, having, same
 
 STEPS = 4
 PROTOCOLS = ("paper", "corrected")
@@ -65,25 +62,12 @@ def config(tiny_llama_dir, data_dir, tmp_path) -> Config:
     )
 
 
-def having(config: Config, **changes) -> Config:
-    """A copy with some fields changed; a double underscore separates group and field."""
-    for key, value in changes.items():
-        group, _, name = key.partition("__")
-        config = replace(config, **{group: replace(getattr(config, group), **{name: value}) if name else value})
-    return config
-
-
 def adapter_of(config: Config) -> dict[str, torch.Tensor]:
-    return load_file(locate(config).adapter_path / "adapter_model.safetensors")
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    assert first.keys() == second.keys()
-    return all(torch.equal(first[name], second[name]) for name in first)
+    return training_runs.adapter_of(locate(config))
 
 
 def log_of(config: Config) -> list[tuple[int, float]]:
-    return [(row["step"], row["loss"]) for row in locate(config).metrics() if "loss" in row]
+    return training_runs.losses_of(locate(config))
 
 
 def refusal(config: Config) -> str:
@@ -92,26 +76,6 @@ def refusal(config: Config) -> str:
         main(config)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the training may catch it."""
-
-
-@pytest.fixture
-def kill_at(monkeypatch):
-    """Makes the training die once, as it begins the step after the given one."""
-    pending: set[int] = set()
-    original = Trainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step in pending:
-            pending.clear()
-            raise Killed
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", training_step)
-    return pending.add
 
 
 # -------------------------------------------------------------------------------------------------------- run record
@@ -436,44 +400,13 @@ def test_conf_holds_no_other_group_entries():
 
 # --------------------------------------------------------------------------------------------------- several processes
 
-_LAUNCHER = """
-import os, sys
-import torch
-torch.set_num_threads(1)
-if os.environ.get("DS_ACCELERATOR"):
-    import deepspeed.ops
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled for minutes
-from omegaconf import OmegaConf
-from commonsense_reasoning.config import Config
-from commonsense_reasoning.train import main
-from moslora_core import launch
-main(launch.instantiate(Config, OmegaConf.load(sys.argv[1])))
-"""
-
 
 def launched(config: Config, tmp_path: Path, processes: int, **environment: str) -> None:
-    name = hashlib.sha256(repr(config).encode()).hexdigest()[:8]
-    settings, script = tmp_path / f"{name}.yaml", tmp_path / "launcher.py"
-    settings.write_text(launch.dump(config))
-    script.write_text(_LAUNCHER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [*command, str(script), str(settings)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    training_runs.launched("commonsense_reasoning", config, tmp_path, processes, **environment)
 
 
 def close(first: Config, second: Config) -> None:
-    assert [step for step, _ in log_of(first)] == [step for step, _ in log_of(second)] == [1, 2, 3, 4]
-    assert [loss for _, loss in log_of(first)] == pytest.approx([loss for _, loss in log_of(second)], abs=2e-4)
-    a, b = adapter_of(first), adapter_of(second)
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3)
+    training_runs.assert_close(locate(first), locate(second), STEPS)
 
 
 @pytest.fixture
