@@ -27,7 +27,16 @@ from . import launch
 from .count import accumulation_steps, optimiser_steps
 from .errors import UserError
 from .methods import MethodConfig
-from .record import RunRecord, Stopwatch, Training, append_jsonl, peak_memory, repair_jsonl, write_atomic
+from .record import (
+    RunRecord,
+    Stopwatch,
+    Training,
+    append_jsonl,
+    peak_memory,
+    read_json,
+    repair_jsonl,
+    write_atomic,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +162,20 @@ def _deepspeed(name: str | None) -> str | None:
         known = sorted(p.stem for p in packaged.parent.glob("*.json"))
         raise UserError(f"training.deepspeed={name}: no such file; expected a JSON file or one of {', '.join(known)}")
     return str(path)
+
+
+def zero_stage(training: TrainingConfig) -> int:
+    """ZeRO's stage in the DeepSpeed configuration of a training; 0 without DeepSpeed.
+
+    Raises:
+        UserError: no such configuration, or one that is no JSON object.
+    """
+    if (path := _deepspeed(training.deepspeed)) is None:
+        return 0
+    settings = read_json(Path(path))
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
+        raise UserError(f"training.deepspeed={path}: expected a DeepSpeed configuration with zero_optimization")
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
 def training_arguments(

@@ -115,6 +115,7 @@ class DataConfig:
         on_fault: what prepare_data does with a faulty training item: refuse | skip (counted by the kind of fault).
         check_images: none | exists | decode, how far prepare_data looks at every image.
         text_limit: longest text of a training item in tokens, image tokens apart (published: 2048 - 576).
+        over_long: what training does with longer ones: cut (at the right, as XTuner; counted) | skip | refuse.
         square_padding: pad images to a square in the processor's mean colour, as LLaVA-1.5 and XTuner do.
     """
 
@@ -131,6 +132,7 @@ class DataConfig:
     on_fault: str = "refuse"
     check_images: str = "decode"
     text_limit: int = 1472
+    over_long: str = "cut"
     square_padding: bool = True
 
 
