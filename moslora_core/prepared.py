@@ -39,6 +39,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: a target that cannot be written or that holds something else.
     """
+    _refuse_other(target)  # at once: filling may take hours
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
@@ -47,9 +48,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o755)
+        _refuse_other(target)
         if target.exists():
-            if not (target / MANIFEST_FILE).exists() and any(target.iterdir()):
-                raise UserError(f"data.dir={target} holds something else; expected prepared data or no such folder")
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
                 target.rename(Path(aside) / "replaced")  # removed only when the new folder has its place
                 temporary.rename(target)
@@ -59,6 +59,15 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise UserError(f"data.dir={target}: cannot write: {error.strerror}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_other(target: Path) -> None:
+    try:
+        other = target.exists() and not (target / MANIFEST_FILE).exists() and any(target.iterdir())
+    except OSError as error:
+        raise UserError(f"data.dir={target}: cannot write: {error.strerror}") from None
+    if other:
+        raise UserError(f"data.dir={target} holds something else; expected prepared data or no such folder")
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any], summarised: Sequence[str] = ()) -> dict[str, Any]:
