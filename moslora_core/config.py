@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
 
+from .adapter_files import pattern_value
 from .errors import UserError
 from .mixer import MIXER_INITS
 from .peft_seam import MOSLORA
@@ -42,11 +44,35 @@ _REFUSED_INITS = {
 }
 
 
+@dataclass(frozen=True)
+class MixerSetting:
+    """What one module has between A and B: ``mixer``, ``mixer_init`` and ``mixer_seed`` of its configuration."""
+
+    mixer: str
+    init: str
+    seed: int | None = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether the layer stores a mixer; False for what is plain LoRA."""
+        return self.mixer != "identity" and (self.mixer, self.init) != ("frozen", "identity")
+
+    @property
+    def trains(self) -> bool:
+        """Whether the mixer is a parameter, instead of a buffer or nothing."""
+        return self.mixer == "learned"
+
+    @property
+    def start(self) -> str:
+        """Name of the matrix that the mixer starts from, for :func:`~moslora_core.mixer.init_mixer`."""
+        return self.mixer if self.mixer in ("identity", "two_subspaces") else self.init
+
+
 @dataclass
 class MoSLoraConfig(LoraConfig):
     """Mixture-of-subspaces LoRA: delta_W = scaling * B @ M @ A with a mixer M (r, r) between A and B (Eq 7).
 
-    Everything of :class:`peft.LoraConfig` applies; three settings are added.
+    Everything of :class:`peft.LoraConfig` applies; four settings are added.
 
     Args:
         mixer (`str`):
@@ -60,6 +86,9 @@ class MoSLoraConfig(LoraConfig):
             If given, each mixer is drawn from its own generator, seeded with this number and the module's name: A and
             B are then those of plain LoRA at the same torch seed. If None, mixers are drawn from torch's global
             generator, each after its A.
+        mixer_pattern (`dict[str, str]`):
+            Module name or regular expression -> mixer, where it is another than ``mixer``; matched as ``rank_pattern``
+            is. Modules with ``"identity"`` are PEFT's LoRA layers as they are.
 
     Raises:
         ValueError: a setting is unknown, contradicts another, or would give something else than it says.
@@ -93,12 +122,22 @@ class MoSLoraConfig(LoraConfig):
         },
     )
 
+    mixer_pattern: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": (
+                "The mapping from layer names or regexp expression to mixers which are different from the one "
+                "specified by `mixer`, for example `{'vision_tower.*': 'identity'}`; matched as `rank_pattern` is."
+            )
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MOSLORA
         self.validate()
         # Not for an adapter that is loaded to be used: the ablation has been run by then.
-        if self.mixer == "learned" and self.mixer_init == "zero" and not self.inference_mode:
+        if self.trains_mixer and self.mixer_init == "zero" and not self.inference_mode:
             logger.warning(
                 "mixer_init='zero' is a dead start: with B = 0 the gradients of A, B and the mixer all vanish, and "
                 "nothing will be learned (it is there for the paper's ablation of the initialisation)"
@@ -106,18 +145,26 @@ class MoSLoraConfig(LoraConfig):
 
     @property
     def has_mixer(self) -> bool:
-        """Whether layers store a mixer; False for what is plain LoRA."""
-        return self.mixer != "identity" and (self.mixer, self.mixer_init) != ("frozen", "identity")
+        """Whether modules may store a mixer; False for what is plain LoRA everywhere."""
+        return any(MixerSetting(mixer, self.mixer_init).exists for mixer in self._mixers().values())
 
     @property
     def trains_mixer(self) -> bool:
-        """Whether the mixer is a parameter, instead of a buffer or nothing."""
-        return self.mixer == "learned"
+        """Whether modules may have a mixer that is a parameter."""
+        return "learned" in self._mixers().values()
 
-    @property
-    def start(self) -> str:
-        """Name of the matrix that mixers start from, for :func:`~moslora_core.mixer.init_mixer`."""
-        return self.mixer if self.mixer in ("identity", "two_subspaces") else self.mixer_init
+    def mixer_of(self, module: str) -> MixerSetting:
+        """The mixer of one module.
+
+        Args:
+            module: name in the base model, such as ``model.layers.0.self_attn.q_proj``.
+        """
+        mixer = pattern_value(self.mixer_pattern, self.mixer, module)
+        return MixerSetting(mixer, self.mixer_init, self.mixer_seed)
+
+    def _mixers(self) -> dict[str, str]:
+        """Setting, as errors name it -> mixer."""
+        return {"mixer": self.mixer} | {f"mixer_pattern[{key!r}]": mixer for key, mixer in self.mixer_pattern.items()}
 
     def validate(self) -> None:
         """Checks the mixer's settings against each other and against LoRA's.
@@ -125,41 +172,83 @@ class MoSLoraConfig(LoraConfig):
         Raises:
             UserError: (a ``ValueError``) says what was found and what would be right.
         """
-        if self.mixer not in MIXERS:
-            raise UserError(f"mixer={self.mixer!r} is unknown; expected one of {', '.join(MIXERS)}")
+        self._validate_pattern()
+        mixers = self._mixers()
+        for name, mixer in mixers.items():
+            if mixer not in MIXERS:
+                raise UserError(f"{name}={mixer!r} is unknown; expected one of {', '.join(MIXERS)}")
         if self.mixer_init not in MIXER_INITS:
             raise UserError(f"mixer_init={self.mixer_init!r} is unknown; expected one of {', '.join(MIXER_INITS)}")
         seed = self.mixer_seed
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
             raise UserError(f"mixer_seed must be a non-negative integer or None, found {seed!r}")
-        if self.mixer in ("identity", "two_subspaces") and self.mixer_init not in (DEFAULT_INIT, self.mixer):
+        drawn = {"learned", "frozen"} & set(mixers.values())
+        if not drawn and self.mixer_init not in (DEFAULT_INIT, self.mixer):
             raise UserError(
                 f"mixer={self.mixer!r} is a fixed matrix, so mixer_init={self.mixer_init!r} has no effect; leave "
                 "mixer_init out, or use mixer='learned' or 'frozen'"
             )
-        if self.mixer == "frozen" and self.mixer_init == "zero":
-            raise UserError(
-                "mixer='frozen' with mixer_init='zero' keeps the update at B @ 0 @ A forever; use another mixer_init"
-            )
-        if self.mixer == "two_subspaces":
-            ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": rank for key, rank in (self.rank_pattern or {}).items()}
-            for name, rank in ranks.items():
-                if rank % 2:
-                    raise UserError(
-                        f"mixer='two_subspaces' pairs rank i with rank i + r/2: {name} must be even, found {rank}"
-                    )
-        if self.has_mixer:
-            self._validate_lora()
+        for name, mixer in mixers.items():
+            if mixer == "frozen" and self.mixer_init == "zero":
+                raise UserError(
+                    f"{name}='frozen' with mixer_init='zero' keeps the update at B @ 0 @ A forever; use another "
+                    "mixer_init"
+                )
+        self._validate_ranks()
+        for name, mixer in mixers.items():
+            if MixerSetting(mixer, self.mixer_init).exists:
+                self._validate_lora(f"{name}={mixer!r}")
 
-    def _validate_lora(self) -> None:
+    def _validate_pattern(self) -> None:
+        if not isinstance(self.mixer_pattern, dict):
+            raise UserError(f"mixer_pattern must map module names to mixers, found {self.mixer_pattern!r}")
+        for key in self.mixer_pattern:
+            try:
+                re.compile(key)
+            except (re.error, TypeError) as error:
+                raise UserError(f"mixer_pattern: {key!r} is no regular expression ({error})") from None
+
+    def _validate_ranks(self) -> None:
+        """Refuses odd ranks for two subspaces as far as the settings tell; :meth:`check_rank` sees each module."""
+        if "two_subspaces" not in self._mixers().values():
+            return
+        patterns = self.rank_pattern or {}
+        ranks = {f"rank_pattern[{key!r}]": rank for key, rank in patterns.items()}
+        if not self.mixer_pattern:
+            ranks = {"r": self.r} | ranks
+        elif not patterns:
+            ranks = {"r": self.r}
+        else:  # which rank meets which mixer is known once there are modules, unless both stand under one key
+            same = [key for key in patterns if self.mixer_pattern.get(key) == "two_subspaces"]
+            ranks = {f"rank_pattern[{key!r}]": patterns[key] for key in same}
+        for name, rank in ranks.items():
+            if rank % 2:
+                raise UserError(
+                    f"mixer='two_subspaces' pairs rank i with rank i + r/2: {name} must be even, found {rank}"
+                )
+
+    def check_rank(self, module: str) -> None:
+        """Refuses an odd rank of a module that mixes two subspaces.
+
+        Raises:
+            UserError: see above.
+        """
+        rank = pattern_value(self.rank_pattern, self.r, module)
+        if self.mixer_of(module).mixer == "two_subspaces" and rank % 2:
+            raise UserError(
+                f"{module}: mixer='two_subspaces' pairs rank i with rank i + r/2: the rank must be even, found {rank}"
+            )
+
+    def _validate_lora(self, mixer: str) -> None:
+        """Refuses settings of LoRA that do not go with a mixer; ``mixer`` is the setting that asks for one."""
         for name, reason in _REFUSED_FIELDS.items():
             if getattr(self, name):
-                raise UserError(f"{name} cannot be combined with mixer={self.mixer!r}: {reason}")
+                raise UserError(f"{name} cannot be combined with {mixer}: {reason}")
         init = self.init_lora_weights
         if isinstance(init, bool) or str(init).lower() == "gaussian":
             return
         reasons = [reason for key, reason in _REFUSED_INITS.items() if str(init).lower().startswith(key)]
         raise UserError(
-            f"init_lora_weights={init!r} cannot be combined with mixer={self.mixer!r}: "
+            f"init_lora_weights={init!r} cannot be combined with {mixer}: "
             f"{reasons[0] if reasons else 'what it means for a mixer is not known'}; use True, False or 'gaussian'"
         )

@@ -34,7 +34,7 @@ class Count:
         base: parameters of the model without the adapter; tied weights count once.
         adapter: parameters that the adapter adds, trainable or not, frozen mixers included.
         trainable: parameters that are trained.
-        mixer: those of ``adapter`` that are mixers, r^2 for each adapted module.
+        mixer: those of ``adapter`` that are mixers, r^2 for each adapted module that has one.
         modules: number of adapted modules.
         adapted_inputs: sum of the input widths of the adapted modules; what dropout on the adapter's input copies.
     """

@@ -30,8 +30,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from .adapter_files import check_output, read_config, read_weights, write_adapter
-from .config import MoSLoraConfig
+from .adapter_files import PREFIX, check_output, read_config, read_weights, write_adapter
+from .config import MixerSetting, MoSLoraConfig
 from .errors import UserError
 from .mixer import fold_into_a, fold_into_b
 
@@ -190,7 +190,7 @@ def fold_adapter(in_dir: str | os.PathLike, out_dir: str | os.PathLike, *, dtype
 
 
 def _check_complete(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """A folder whose configuration promises mixers must have one for every adapted module."""
+    """Adapted modules must have a mixer where the folder's configuration promises one, and none elsewhere."""
     known = {entry.name for entry in fields(MoSLoraConfig) if entry.init}
     settings = MoSLoraConfig(**{name: value for name, value in config.items() if name in known})
     halves = {"lora_A": "lora_B", "lora_B": "lora_A"}
@@ -203,16 +203,28 @@ def _check_complete(config: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
             other = f"{parent}.{halves[part]}"
             if f"{other}.raw" not in tensors and f"{other}.weight" not in tensors:
                 raise UserError(f"{key}: its other factor, {other}, is missing")
-            if not settings.has_mixer or part == "lora_A":
+            if part == "lora_A":
                 continue
-            if f"{module}.raw" not in tensors and f"{other}.raw" not in tensors:
-                raise UserError(f"{key}: has no mixer, though the configuration says mixer={settings.mixer}")
+            promised = _mixer_setting(settings, parent)
+            mixed = f"{module}.raw" in tensors or f"{other}.raw" in tensors
+            if mixed != promised.exists:
+                has = "a" if mixed else "no"
+                raise UserError(f"{key}: has {has} mixer, though the configuration says mixer={promised.mixer}")
         elif leaf == "lora_embedding_B":
             found = True
-            if settings.has_mixer and f"{module}.lora_mixer" not in tensors:
+            promised = _mixer_setting(settings, module)
+            if promised.exists and f"{module}.lora_mixer" not in tensors:
                 raise UserError(f"{key}: its mixer {module}.lora_mixer is missing")
+            if not promised.exists and f"{module}.lora_mixer" in tensors:
+                raise UserError(f"{key}: has a mixer, though the configuration says mixer={promised.mixer}")
     if not found:
         raise UserError("weights hold no lora_A, lora_B or lora_embedding_B; expected those of a MoSLoRA adapter")
+
+
+def _mixer_setting(config: MoSLoraConfig, module: str) -> MixerSetting:
+    """The mixer of a module under its name on disk."""
+    # Multi-head attention's output projection is adapted inside the layer, with the layer's mixer.
+    return config.mixer_of(module.removeprefix(PREFIX).split(".base_layer.")[0])
 
 
 # ------------------------------------------------------------------------------------------------------------- start

@@ -20,7 +20,8 @@ embedding has bare parameters instead of modules; it is the layer that answers w
 ``weight``, because a property of the name of a parameter would hide it from FSDP, ZeRO and offloading, which look
 parameters up by name.
 
-A learned mixer is a parameter, a frozen one a persistent buffer: both are saved and loaded.
+A learned mixer is a parameter, a frozen one a persistent buffer: both are saved and loaded. Where the configuration
+gives a module no mixer (``mixer_pattern``), its layer stays PEFT's.
 
 Since ``weight`` is computed, writing to ``weight.data`` changes nothing. PEFT's layers do not do so once an adapter
 exists; its helper ``replace_lora_weights_loftq`` does, and is not for adapters with a mixer.
@@ -35,7 +36,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import MoSLoraConfig
+from .config import MixerSetting
 from .errors import UserError
 from .mixer import fold_into_a, fold_into_b, init_mixer, seeded_generator
 from .peft_seam import LORA_LAYERS, REFUSED_LAYERS, Embedding, LoraLayer, MultiheadAttention, layer_kind
@@ -183,10 +184,11 @@ def folded_embeddings(model: nn.Module, adapters: list[str]) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------- attaching
 
 
-def attach_mixer(layer: LoraLayer, adapter_name: str, config: MoSLoraConfig, module_name: str) -> None:
+def attach_mixer(layer: LoraLayer, adapter_name: str, setting: MixerSetting, module_name: str) -> None:
     """Puts a new mixer into an adapter that PEFT has just created in a layer.
 
     Args:
+        setting: which mixer; one that exists.
         module_name: name of the adapted module in the base model; decides, with ``mixer_seed``, what is drawn.
 
     Raises:
@@ -194,15 +196,16 @@ def attach_mixer(layer: LoraLayer, adapter_name: str, config: MoSLoraConfig, mod
     """
     check_layer(layer, module_name)
     if isinstance(layer, Embedding):
-        _attach_to_embedding(layer, adapter_name, config, module_name)
+        _attach_to_embedding(layer, adapter_name, setting, module_name)
         return
     # A grouped convolution's B is (out, r / groups, ..): no column for each of the r ranks.
     grouped = getattr(layer.lora_B[adapter_name], "groups", 1) > 1
     host, mixed = (layer.lora_A, _MIXED_A) if grouped else (layer.lora_B, _MIXED_B)
-    _attach_to_module(host[adapter_name], mixed, layer.r[adapter_name], config, module_name)
+    _attach_to_module(host[adapter_name], mixed, layer.r[adapter_name], setting, module_name)
     if isinstance(layer, MultiheadAttention):
-        # PEFT's layer adapts the input projection itself, and the output projection by a layer of its own.
-        attach_mixer(layer.base_layer.out_proj, adapter_name, config, f"{module_name}.out_proj")
+        # PEFT's layer adapts the input projection itself, and the output projection by a layer of its own, whose rank
+        # and alpha are the layer's; so is the mixer.
+        attach_mixer(layer.base_layer.out_proj, adapter_name, setting, f"{module_name}.out_proj")
 
 
 def check_layer(layer: LoraLayer, module_name: str) -> None:
@@ -217,17 +220,17 @@ def check_layer(layer: LoraLayer, module_name: str) -> None:
     reason = REFUSED_LAYERS.get(kind, "whether all of its code goes through lora_A and lora_B is not known")
     raise UserError(
         f"{module_name}: a mixer cannot go into a layer of type {'.'.join(kind)}: {reason}; leave the module out of "
-        "target_modules, or use mixer='identity', which is plain LoRA"
+        "target_modules, or give it mixer='identity', which is plain LoRA, in mixer_pattern"
     )
 
 
-def _new_mixer(r: int, like: torch.Tensor, config: MoSLoraConfig, module_name: str) -> torch.Tensor:
-    generator = None if config.mixer_seed is None else seeded_generator(config.mixer_seed, module_name)
-    return init_mixer(config.start, r, dtype=like.dtype, device=like.device, generator=generator)
+def _new_mixer(r: int, like: torch.Tensor, setting: MixerSetting, module_name: str) -> torch.Tensor:
+    generator = None if setting.seed is None else seeded_generator(setting.seed, module_name)
+    return init_mixer(setting.start, r, dtype=like.dtype, device=like.device, generator=generator)
 
 
 def _attach_to_module(
-    host: nn.Module, mixed: dict[type, type], r: int, config: MoSLoraConfig, module_name: str
+    host: nn.Module, mixed: dict[type, type], r: int, setting: MixerSetting, module_name: str
 ) -> None:
     if type(host) not in mixed:
         raise UserError(
@@ -237,22 +240,22 @@ def _attach_to_module(
     raw = host._parameters.pop("weight")
     host.__class__ = mixed[type(host)]
     host.register_parameter("raw", raw)
-    M = _new_mixer(r, raw, config, module_name)
-    if config.trains_mixer:
+    M = _new_mixer(r, raw, setting, module_name)
+    if setting.trains:
         # Not always True: an adapter that is added while another is active starts frozen.
         host.register_parameter("mixer", nn.Parameter(M, requires_grad=raw.requires_grad))
     else:
         host.register_buffer("mixer", M)
 
 
-def _attach_to_embedding(layer: Embedding, adapter_name: str, config: MoSLoraConfig, module_name: str) -> None:
+def _attach_to_embedding(layer: Embedding, adapter_name: str, setting: MixerSetting, module_name: str) -> None:
     if type(layer) is Embedding:
         layer.__class__ = MixedEmbedding
         layer.lora_mixer = MixerDict()
         layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_mixer")
     B = layer.lora_embedding_B[adapter_name]
-    M = _new_mixer(layer.r[adapter_name], B, config, module_name)
-    if config.trains_mixer:
+    M = _new_mixer(layer.r[adapter_name], B, setting, module_name)
+    if setting.trains:
         layer.lora_mixer[adapter_name] = nn.Parameter(M, requires_grad=B.requires_grad)
     else:
         layer.lora_mixer.set_frozen(adapter_name, M)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from .adapter_files import pattern_value
 from .config import DEFAULT_INIT, MoSLoraConfig
 from .errors import UserError
-from .layers import attach_mixer, folded_embeddings
+from .layers import MixedEmbedding, attach_mixer, folded_embeddings
 from .peft_seam import LoraLayer, LoraModel
+
+logger = logging.getLogger(__name__)
 
 _SVD_SUFFIX = "svd"
 
 
 class MoSLoraModel(LoraModel):
-    """Mixture-of-subspaces LoRA: PEFT's ``LoraModel``, with a mixer in each adapter that it creates.
+    """Mixture-of-subspaces LoRA: PEFT's ``LoraModel``, with a mixer in each adapted module that is to have one.
 
     Args:
         model: the model to adapt.
@@ -30,6 +34,13 @@ class MoSLoraModel(LoraModel):
         config.validate()
         super()._check_new_adapter_config(config)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # As PEFT does for its own patterns: a misspelt key would quietly give another method.
+        for key in self.peft_config[adapter_name].mixer_pattern:
+            if not any(pattern_value({key: True}, False, module) for module in self.targeted_module_names):
+                logger.warning("mixer_pattern[%r] matches no adapted module and has no effect", key)
+
     def _create_and_replace(
         self,
         lora_config: MoSLoraConfig,
@@ -40,11 +51,20 @@ class MoSLoraModel(LoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if lora_config.has_mixer:
-            _check_target(lora_config, target, target_name, current_key)
+        setting = lora_config.mixer_of(current_key)
+        if target_name in (getattr(lora_config, "target_modules_to_tie", None) or ()):
+            embedding = self.model.get_input_embeddings()
+            if setting.exists or (isinstance(embedding, MixedEmbedding) and adapter_name in embedding.lora_mixer):
+                raise UserError(
+                    f"{current_key}: ensure_weight_tying shares A and B with the input embedding, transposed, while a "
+                    "mixer belongs to one module; set ensure_weight_tying=False"
+                )
+        if setting.exists:
+            lora_config.check_rank(current_key)
+            _check_target(target, current_key)
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
-        if lora_config.has_mixer:
-            attach_mixer(getattr(parent, target_name), adapter_name, lora_config, current_key)
+        if setting.exists:
+            attach_mixer(getattr(parent, target_name), adapter_name, setting, current_key)
 
     def add_weighted_adapter(
         self,
@@ -71,7 +91,9 @@ class MoSLoraModel(LoraModel):
             if first in mixed:
                 # PEFT copies the first adapter's configuration to the new adapter, which must not get mixers.
                 original = self.peft_config[first]
-                self.peft_config[first] = replace(original, mixer="identity", mixer_init=DEFAULT_INIT)
+                self.peft_config[first] = replace(
+                    original, mixer="identity", mixer_init=DEFAULT_INIT, mixer_pattern={}
+                )
             try:
                 super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **kwargs)
             finally:
@@ -97,17 +119,12 @@ class MoSLoraModel(LoraModel):
         return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
 
 
-def _check_target(config: MoSLoraConfig, target: nn.Module, target_name: str, module_name: str) -> None:
-    """Refuses, before the model is changed, modules whose A and B are not their own.
+def _check_target(target: nn.Module, module_name: str) -> None:
+    """Refuses, before the module is changed, one whose A and B are split over processes.
 
     Raises:
         UserError: see above.
     """
-    if target_name in (getattr(config, "target_modules_to_tie", None) or ()):
-        raise UserError(
-            f"{module_name}: ensure_weight_tying shares A and B with the input embedding, transposed, while a mixer "
-            "belongs to one module; set ensure_weight_tying=False"
-        )
     base = target.get_base_layer() if isinstance(target, LoraLayer) else target
     if getattr(base, "_hf_tp_plan", None) is not None:
         raise UserError(

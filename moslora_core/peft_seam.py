@@ -10,6 +10,8 @@ PEFT promises stability for its public functions only. What is used beyond them:
     peft.mapping.PEFT_TYPE_TO_*_MAPPING         the configuration, the tuner and the key prefix of that type
     LoraModel._create_and_replace               the one place where a layer gets an adapter; extended by the mixer
     LoraModel._check_new_adapter_config         where the configuration of a new adapter is checked
+    LoraModel.inject_adapter,                   where all modules of a new adapter are known by name, which patterns
+      targeted_module_names                     that match none of them are held against
     LoraModel.subtract_mutated_init             refused: it would difference mixers
     LoraLayer.lora_A, lora_B (ModuleDict)       hold, by adapter, the module of A or B; the mixer goes inside one
     LoraLayer.lora_embedding_A, _B              the same for embeddings, as bare parameters

@@ -33,7 +33,7 @@ class Factors:
 
     Attributes:
         A: (r, in).
-        M: (r, r); the identity for plain LoRA.
+        M: (r, r); the identity for plain LoRA, and for modules that have no mixer.
         B: (out, r).
         scaling: alpha / r, or alpha / sqrt(r) under rank-stabilised LoRA.
     """
@@ -66,7 +66,7 @@ class Factors:
 
 
 def adapter_factors(source: str | os.PathLike | nn.Module, adapter_name: str = "default") -> dict[str, Factors]:
-    """Factors of every module that an adapter adapts, LoRA (M = I) or MoSLoRA.
+    """Factors of every module that an adapter adapts, LoRA or MoSLoRA; M = I where a module has no mixer.
 
     Rank and alpha patterns and rank-stabilised scaling are taken into account. A convolution's A, of shape
     (r, in, k, ...), is read as the matrix (r, in * k * ...), an embedding's A as (r, embeddings). A grouped

@@ -35,7 +35,7 @@ STARTS = [
 @pytest.mark.parametrize("mixer, init", STARTS)
 def test_every_start_of_a_mixer(mixer, init):
     config = MoSLoraConfig(mixer=mixer, mixer_init=init)
-    assert config.start == init
+    assert config.mixer_of("q_proj").start == init
     assert config.has_mixer == ((mixer, init) != ("frozen", "identity"))
     assert config.trains_mixer == (mixer == "learned")
 
@@ -43,7 +43,7 @@ def test_every_start_of_a_mixer(mixer, init):
 @pytest.mark.parametrize("settings", [{"r": 2}, {"r": 6, "rank_pattern": {"q_proj": 4}}])
 def test_two_subspaces_at_even_ranks(settings):
     config = MoSLoraConfig(mixer="two_subspaces", **settings)
-    assert (config.start, config.has_mixer, config.trains_mixer) == ("two_subspaces", True, False)
+    assert (config.mixer_of("v_proj").start, config.has_mixer, config.trains_mixer) == ("two_subspaces", True, False)
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
@@ -52,7 +52,7 @@ def test_starts_of_a_and_b(init):
 
 
 def test_naming_the_fixed_matrix_twice_is_no_contradiction():
-    assert MoSLoraConfig(mixer="identity", mixer_init="identity").start == "identity"
+    assert MoSLoraConfig(mixer="identity", mixer_init="identity").mixer_of("q_proj").start == "identity"
 
 
 @pytest.mark.parametrize(
