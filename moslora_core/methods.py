@@ -30,7 +30,7 @@ class MethodConfig:
         mixer: learned | frozen | identity | two_subspaces; identity is plain LoRA (Eq 7 with W = I).
         mixer_init: kaiming_uniform | orthogonal | gaussian | identity | zero.
         fold_into_init: start a plain LoRA from A0 := M0 A0 (control: is the mixer only another start?).
-        alpha_scale: factor on lora_alpha.
+        alpha_scale: factor on lora_alpha, in every module.
         init_lora_weights: PEFT's initialisation of A and B; "default" is Kaiming uniform and zero.
         lora_plus_ratio: learning rate of B over that of A (LoRA+); None trains both at one rate.
     """
@@ -76,6 +76,11 @@ class AdapterConfig:
     Attributes:
         target_modules: module names, or in a list of its own one regular expression or PEFT's ``all-linear``.
         rank_pattern: module name pattern -> rank, where it differs from ``r``.
+        alpha_pattern: module name pattern -> alpha, where it differs from ``lora_alpha``.
+        mixer_pattern: module name pattern -> mixer, where it is not the method's; methods without a mixer, which are
+            those of plain LoRA and of other tuners, have none anywhere and leave it aside.
+        exclude_modules: target modules to leave as they are; names, or in a list of its own one regular expression.
+        modules_to_save: modules that are trained whole and saved with the adapter, such as LLaVA's projector.
     """
 
     r: int = 16
@@ -83,7 +88,10 @@ class AdapterConfig:
     lora_dropout: float = 0.05
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    mixer_pattern: dict[str, str] = field(default_factory=dict)
+    exclude_modules: list[str] = field(default_factory=list)
+    modules_to_save: list[str] = field(default_factory=list)
 
 
 def peft_config(
@@ -108,10 +116,22 @@ def peft_config(
         raise UserError("adapter.target_modules is empty; name at least one module")
     if adapter.lora_alpha <= 0:
         raise UserError(f"adapter.lora_alpha must be positive, found {adapter.lora_alpha}")
+    for key, value in adapter.alpha_pattern.items():
+        if value <= 0:
+            raise UserError(f"adapter.alpha_pattern[{key!r}] must be positive, found {value}")
     alpha = adapter.lora_alpha * method.alpha_scale
-    common = {"r": adapter.r, "target_modules": _targets(adapter.target_modules), "task_type": task_type}
+    common = {
+        "r": adapter.r,
+        "target_modules": _modules("target_modules", adapter.target_modules),
+        "exclude_modules": _modules("exclude_modules", adapter.exclude_modules),
+        "modules_to_save": list(adapter.modules_to_save) or None,
+        "task_type": task_type,
+    }
     lora = {**common, "lora_alpha": alpha, "lora_dropout": adapter.lora_dropout}
-    patterns = {"rank_pattern": dict(adapter.rank_pattern), "alpha_pattern": dict(adapter.alpha_pattern)}
+    patterns = {
+        "rank_pattern": dict(adapter.rank_pattern),
+        "alpha_pattern": {key: value * method.alpha_scale for key, value in adapter.alpha_pattern.items()},
+    }
     if method.tuner != "lora":
         _refuse_lora_settings(method)
     try:
@@ -121,7 +141,13 @@ def peft_config(
                 lora["init_lora_weights"] = method.init_lora_weights
             if method.mixer == "identity":
                 return LoraConfig(**lora)
-            return MoSLoraConfig(**lora, mixer=method.mixer, mixer_init=method.mixer_init, mixer_seed=seed)
+            return MoSLoraConfig(
+                **lora,
+                mixer=method.mixer,
+                mixer_init=method.mixer_init,
+                mixer_seed=seed,
+                mixer_pattern=dict(adapter.mixer_pattern),
+            )
         if method.tuner == "adalora":
             for name, pattern in patterns.items():
                 if pattern:  # AdaLoRA finds the ranks itself, and keeps what it found under this name
@@ -142,14 +168,16 @@ def peft_config(
     raise UserError(f"method.tuner must be one of lora, adalora, lokr, loha, found {method.tuner!r}")
 
 
-def _targets(names: list[str]) -> list[str] | str:
+def _modules(setting: str, names: list[str]) -> list[str] | str | None:
     """PEFT takes names as a list, and as a string what is a pattern."""
+    if not names:
+        return None
     if len(names) > 1 or re.fullmatch(r"[\w.]+", names[0]):
         return list(names)
     try:
         re.compile(names[0])
     except re.error as error:
-        raise UserError(f"adapter.target_modules: {names[0]!r} is no regular expression: {error}") from None
+        raise UserError(f"adapter.{setting}: {names[0]!r} is no regular expression: {error}") from None
     return names[0]
 
 
@@ -184,8 +212,11 @@ def attach(model: nn.Module, method: MethodConfig, config: PeftConfig) -> PeftMo
     """Attaches the adapter of ``method`` to ``model`` in place.
 
     Raises:
-        UserError: if the model has none of the target modules, or PEFT refuses the combination.
+        UserError: if the model has none of the target modules or lacks one to save, or PEFT refuses the combination.
     """
+    for name in config.modules_to_save or ():  # PEFT passes over what it does not find
+        if not any(module.endswith(name) for module, _ in model.named_modules()):
+            raise UserError(f"adapter.modules_to_save: the model has no module {name!r}")
     try:
         if method.fold_into_init:
             return fold_into_init(model, config)

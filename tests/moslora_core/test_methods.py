@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import AdaLoraConfig, PeftConfig, PeftModel
+from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -151,6 +152,77 @@ def test_rank_and_alpha_patterns_reach_the_adapter():
     assert scaling(model) == {8 / R, 6 / 2}
 
 
+def test_alpha_scale_is_a_factor_on_every_alpha():
+    adapter = replace(ADAPTER, alpha_pattern={"up_proj": 6}, rank_pattern={"up_proj": 2})
+    assert scaling(build("lora", adapter=adapter)) == {8 / R, 6 / 2}
+    assert scaling(build("lora_scaled", adapter=adapter)) == {8 * KAIMING_SCALE / R, 6 * KAIMING_SCALE / 2}
+    for name in ("loha", "lokr"):
+        config = peft_config(replace(METHODS[name], alpha_scale=0.5), adapter, seed=0, total_steps=100)
+        assert (config.alpha, config.alpha_pattern) == (4, {"up_proj": 3})
+
+
+def mixed_modules(model: nn.Module) -> set[str]:
+    """Names of the adapted modules that have a mixer, without their layers' prefix."""
+    state = model.state_dict()
+    return {name.split(".")[-4] for name in state if name.endswith(".mixer")}
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "mixed"),
+    [
+        ("moslora", {"up_proj|down_proj": "identity"}, {"q_proj", "k_proj", "v_proj"}),
+        ("moslora_frozen", {r".*self_attn\..*": "identity"}, {"up_proj", "down_proj"}),
+        ("two_subspaces", {"q_proj": "identity"}, {"k_proj", "v_proj", "up_proj", "down_proj"}),
+        ("lora", {"q_proj": "learned"}, set()),
+        ("dora", {"q_proj": "learned"}, set()),
+    ],
+)
+def test_a_mixer_pattern_reaches_methods_that_have_a_mixer(name, pattern, mixed):
+    model = build(name, adapter=replace(ADAPTER, mixer_pattern=pattern))
+    assert mixed_modules(model) == mixed
+    mixers = LAYERS * len(mixed) * R * R if name == "moslora" else 0
+    assert trainable(model) == _LORA + mixers + (LAYERS * sum(o for _, o in SHAPES) if name == "dora" else 0)
+
+
+def test_the_folded_start_follows_the_mixer_pattern():
+    adapter = replace(ADAPTER, mixer_pattern={"q_proj": "identity"})
+    lora, folded = (factors(build(name, adapter=adapter), "lora_A") for name in ("lora", "moslora_folded"))
+    assert {name for name, a in lora.items() if torch.equal(a, folded[name])} == {n for n in lora if ".q_proj." in n}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_one_setting_of_the_adapter_serves_every_method(name):
+    """Some modules left out, one trained whole, the mixer in some: nothing of it may stop a sweep over methods."""
+    adapter = replace(
+        ADAPTER,
+        target_modules=[r".*_proj"],
+        exclude_modules=["o_proj", "gate_proj", "0.self_attn.q_proj"],
+        modules_to_save=["lm_head"],
+        mixer_pattern={"v_proj": "identity"},
+    )
+    model = build(name, adapter=adapter)
+    layers = {module for module, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    assert {layer.split(".layers.")[1] for layer in layers} == {
+        f"{i}.{module}"
+        for i in range(LAYERS)
+        for module in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
+    } - {"0.self_attn.q_proj"}
+    head = model.base_model.model.lm_head
+    tokens = torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(1))
+    before = head.weight.detach().clone()
+    assert head.weight.requires_grad
+    model(tokens, labels=tokens).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    assert not torch.equal(head.weight, before) and torch.equal(head.original_module.weight, before)
+    saved = get_peft_model_state_dict(model)
+    assert torch.equal(saved["base_model.model.lm_head.weight"], head.weight)
+
+
+def test_one_regular_expression_excludes_as_a_pattern():
+    adapter = replace(ADAPTER, exclude_modules=[r".*\.layers\.0\..*"])
+    assert all(".layers.1." in name for name in factors(build("moslora", adapter=adapter), "lora_A"))
+
+
 def test_one_regular_expression_is_one_pattern():
     adapter = replace(ADAPTER, target_modules=[r".*\.layers\.1\.self_attn\.(q|k)_proj"])
     names = factors(build("lora", adapter=adapter), "lora_A")
@@ -192,6 +264,13 @@ def test_adalora_spends_its_budget_within_the_training():
         ("lora", {"target_modules": ["no_such_proj"]}, "no_such_proj"),
         ("loha", {"target_modules": ["no_such_proj"]}, "no_such_proj"),
         ("lora", {"target_modules": ["(q|k"]}, "'(q|k' is no regular expression"),
+        ("lora", {"exclude_modules": ["(q|k"]}, "adapter.exclude_modules: '(q|k' is no regular expression"),
+        ("lora", {"exclude_modules": [".*"]}, "All modules were excluded"),
+        ("lora", {"modules_to_save": ["lm_head", "projector"]}, "the model has no module 'projector'"),
+        ("lokr", {"modules_to_save": ["projector"]}, "the model has no module 'projector'"),
+        ("lora", {"alpha_pattern": {"q_proj": 0}}, "adapter.alpha_pattern['q_proj'] must be positive, found 0"),
+        ("moslora", {"mixer_pattern": {"q_proj": "stirred"}}, "mixer_pattern['q_proj']='stirred' is unknown"),
+        ("moslora", {"mixer_pattern": {"q_proj": "two_subspaces"}, "r": 3}, "r must be even, found 3"),
     ],
     ids=str,
 )
