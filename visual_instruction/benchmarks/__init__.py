@@ -1,0 +1,1 @@
+"""Benchmarks: VLMEvalKit's files and questions, and scores that need no judge."""
