@@ -55,7 +55,7 @@ OPTIONS = {"A": "red", "B": "blue", "C": "green", "D": "dark blue"}
         ("Bluegreen", None),
         ("C" * 40, None),
         ("\u202eB", None),
-        ("Ｂ", None),
+        ("\uff22", None),  # a letter of full width
         ("B</s>", None),
         ("B\x00", None),
     ],

@@ -1,0 +1,29 @@
+"""The configuration that a run was started with, as its record has it."""
+
+from __future__ import annotations
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from moslora_core import launch
+from moslora_core.errors import UserError
+from moslora_core.record import RunRecord
+
+from .config import Config
+
+
+def recorded_config(record: RunRecord) -> Config:
+    """The recorded configuration of a run.
+
+    Raises:
+        UserError: no run, or a configuration of another experiment.
+    """
+    path = record.config_path
+    if not path.is_file():
+        raise UserError(f"{record.path}: has no {path.name}; expected the folder of a run")
+    try:
+        return launch.instantiate(Config, OmegaConf.load(path))
+    except (OSError, YAMLError, OmegaConfBaseException, UserError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path} is no configuration of visual_instruction: {reason}") from None
