@@ -90,6 +90,7 @@ def test_damaged_files_are_named(tmp_path):
     assert "cannot be read as an image" in refusal(tmp_path)  # a folder
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow tells what it makes of damage
 def test_random_damage_never_escapes_as_another_error(tmp_path):
     """Whatever bytes are overwritten, there is an image or a UserError."""
     dice = random.Random(0)
