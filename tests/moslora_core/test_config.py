@@ -10,6 +10,8 @@ import sys
 from dataclasses import fields, replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftConfig, TaskType
 from peft.tuners.lora.config import (
     ArrowConfig,
@@ -19,6 +21,7 @@ from peft.tuners.lora.config import (
     MontecloraConfig,
     VeloraConfig,
 )
+from peft.utils.other import get_pattern_key
 
 from moslora_core import MOSLORA, MoSLoraConfig, UserError
 from moslora_core.config import MIXERS
@@ -72,6 +75,67 @@ def test_plain_lora_keeps_all_of_lora(mixer, settings):
     assert not MoSLoraConfig(**mixer, **settings).has_mixer
 
 
+@pytest.mark.parametrize("settings", [{}, {"mixer": "identity"}], ids=["learned", "identity"])
+def test_a_pattern_gives_modules_their_own_mixer(settings):
+    pattern = {"vision.*": "identity", r"layers\.0\.q_proj": "frozen", "q_proj|v_proj": "two_subspaces"}
+    config = MoSLoraConfig(mixer_init="orthogonal", mixer_seed=3, mixer_pattern=pattern, **settings)
+    default = config.mixer
+    expected = {
+        "vision.layers.0.q_proj": "identity",
+        "model.vision.fc": "identity",
+        "model.layers.0.q_proj": "frozen",
+        "model.layers.1.q_proj": "two_subspaces",
+        "v_proj": "two_subspaces",
+        "model.layers.10.k_proj": default,
+        "model.xlayers.0.v_proj_extra": default,
+    }
+    found = {module: config.mixer_of(module) for module in expected}
+    assert {module: setting.mixer for module, setting in found.items()} == expected
+    starts = {"learned": "orthogonal", "frozen": "orthogonal"}
+    for setting in found.values():
+        assert (setting.exists, setting.trains) == (setting.mixer != "identity", setting.mixer == "learned")
+        assert (setting.start, setting.seed) == (starts.get(setting.mixer, setting.mixer), 3)
+    assert config.has_mixer and config.trains_mixer == (default == "learned")
+
+
+@given(
+    st.lists(st.sampled_from(["q", "q|k", "a.q", r"a\.q", "a.*", "^a.q", r"b\.\d+\..*", "k$", ""]), max_size=4),
+    st.lists(st.sampled_from(["a", "b", "q", "k", "aq", "0", "11"]), min_size=1, max_size=4).map(".".join),
+)
+def test_patterns_are_matched_as_peft_matches_its_own(keys, module):
+    pattern = dict.fromkeys(keys, "identity")
+    key = get_pattern_key(pattern, module)
+    assert MoSLoraConfig(mixer_pattern=pattern).mixer_of(module).mixer == pattern.get(key, "learned")
+
+
+@pytest.mark.parametrize(
+    ("settings", "has", "trains"),
+    [
+        ({"mixer": "identity", "mixer_pattern": {"q_proj": "learned"}, "mixer_init": "orthogonal"}, True, True),
+        ({"mixer": "identity", "mixer_pattern": {"q_proj": "two_subspaces"}}, True, False),
+        ({"mixer": "learned", "mixer_pattern": {".*": "identity"}}, True, True),  # any module may turn up
+        ({"mixer": "frozen", "mixer_init": "identity", "mixer_pattern": {"q_proj": "identity"}}, False, False),
+        ({"mixer": "frozen", "mixer_init": "identity", "mixer_pattern": {"q_proj": "learned"}}, True, True),
+        ({"mixer": "identity", "mixer_pattern": {"q_proj": "identity"}, "init_lora_weights": "pissa"}, False, False),
+    ],
+)
+def test_what_a_pattern_adds_up_to(settings, has, trains):
+    config = MoSLoraConfig(**settings)
+    assert (config.has_mixer, config.trains_mixer) == (has, trains)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mixer": "two_subspaces", "r": 3, "rank_pattern": {"llm.*": 4}, "mixer_pattern": {"vision.*": "identity"}},
+        {"r": 4, "rank_pattern": {"q_proj": 3}, "mixer_pattern": {"v_proj": "two_subspaces"}},
+        {"r": 3, "rank_pattern": {"v_proj": 4}, "mixer_pattern": {"v_proj": "two_subspaces"}},
+    ],
+)
+def test_odd_ranks_are_for_modules_that_do_not_pair_them(settings):
+    assert MoSLoraConfig(**settings).has_mixer
+
+
 # ------------------------------------------------------------------------------------------------------------- refused
 
 REFUSED = {
@@ -94,6 +158,42 @@ REFUSED = {
         r"mixer='two_subspaces' is a fixed matrix, so mixer_init='identity' has no effect",
     ),
     "frozen zero": ({"mixer": "frozen", "mixer_init": "zero"}, r"mixer_init='zero' keeps the update at .* forever"),
+    "a mixer in the pattern": (
+        {"mixer_pattern": {"q_proj": "butterfly"}},
+        r"mixer_pattern\['q_proj'\]='butterfly' is unknown; expected one of learned",
+    ),
+    "a list as pattern": ({"mixer_pattern": ["q_proj"]}, r"mixer_pattern must map .* found \['q_proj'\]"),
+    "no pattern": ({"mixer_pattern": None}, r"mixer_pattern must map .* found None"),
+    "a broken expression": ({"mixer_pattern": {"(q": "identity"}}, r"mixer_pattern: '\(q' is no regular expression"),
+    "a number as key": ({"mixer_pattern": {3: "identity"}}, r"mixer_pattern: 3 is no regular expression"),
+    "odd rank for the pattern": (
+        {"r": 3, "mixer_pattern": {"q_proj": "two_subspaces"}},
+        r"r must be even, found 3",
+    ),
+    "odd rank under the same key": (
+        {"rank_pattern": {"q_proj": 5}, "mixer_pattern": {"q_proj": "two_subspaces"}},
+        r"rank_pattern\['q_proj'\] must be even, found 5",
+    ),
+    "odd rank outside the pattern": (
+        {"mixer": "two_subspaces", "r": 3, "mixer_pattern": {"q_proj": "identity"}},
+        r"r must be even, found 3",
+    ),
+    "a start for fixed matrices alone": (
+        {"mixer": "identity", "mixer_init": "orthogonal", "mixer_pattern": {"q_proj": "two_subspaces"}},
+        r"mixer='identity' is a fixed matrix, so mixer_init='orthogonal' has no effect",
+    ),
+    "frozen zero in the pattern": (
+        {"mixer": "identity", "mixer_init": "zero", "mixer_pattern": {"q_proj": "frozen"}},
+        r"mixer_pattern\['q_proj'\]='frozen' with mixer_init='zero' keeps",
+    ),
+    "PiSSA beside the pattern": (
+        {"mixer": "identity", "mixer_pattern": {"q_proj": "frozen"}, "init_lora_weights": "pissa"},
+        r"init_lora_weights='pissa' cannot be combined with mixer_pattern\['q_proj'\]='frozen': PiSSA",
+    ),
+    "QA-LoRA beside the pattern": (
+        {"mixer": "identity", "mixer_pattern": {"q_proj": "learned"}, "use_qalora": True},
+        r"use_qalora cannot be combined with mixer_pattern\['q_proj'\]='learned': QA-LoRA",
+    ),
     "target_parameters": ({"target_parameters": ["experts.weight"]}, r"target_parameters cannot be combined"),
     "BD-LoRA": ({"use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)}, r"use_bdlora .*BD-LoRA"),
     "BD-LoRA as in a file": ({"use_bdlora": {"target_modules_bd_a": ["q"], "nblocks": 2}}, r"use_bdlora .*BD-LoRA"),
@@ -152,6 +252,9 @@ def test_a_zero_start_warns(caplog):
         MoSLoraConfig(mixer_init="identity")
         assert not caplog.records
         MoSLoraConfig(mixer_init="zero")
+        assert "gradients of A, B and the mixer all vanish" in caplog.text
+        caplog.clear()
+        MoSLoraConfig(mixer="identity", mixer_init="zero", mixer_pattern={"q_proj": "learned"})
     assert "gradients of A, B and the mixer all vanish" in caplog.text
 
 
@@ -173,6 +276,7 @@ def test_file_round_trip(mixer, tmp_path):
         use_dora=True,
         target_modules=["q_proj", "v_proj"],
         rank_pattern={"q_proj": 4},
+        mixer_pattern={"vision.*": "identity", "v_proj": "learned"},
         task_type=TaskType.CAUSAL_LM,
     )
     config.save_pretrained(tmp_path)
@@ -182,6 +286,15 @@ def test_file_round_trip(mixer, tmp_path):
         loaded = cls.from_pretrained(tmp_path)
         assert type(loaded) is MoSLoraConfig
         assert loaded.to_dict() == config.to_dict()
+
+
+def test_a_file_from_before_patterns_is_read(tmp_path):
+    MoSLoraConfig(r=6).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    written = json.loads(path.read_text())
+    assert written.pop("mixer_pattern") == {}
+    path.write_text(json.dumps(written))
+    assert PeftConfig.from_pretrained(tmp_path).to_dict() == MoSLoraConfig(r=6).to_dict()
 
 
 def test_a_damaged_file_is_refused(tmp_path):
@@ -203,7 +316,7 @@ def test_copies_and_replacements():
 
 def test_every_setting_has_help():
     own = {field.name: field.metadata for field in fields(MoSLoraConfig)}
-    assert all(own[name].get("help") for name in ("mixer", "mixer_init", "mixer_seed"))
+    assert all(own[name].get("help") for name in ("mixer", "mixer_init", "mixer_seed", "mixer_pattern"))
 
 
 # ------------------------------------------------------------------------------------------------------------- imports

@@ -74,6 +74,8 @@ VARIANTS = {
     "identity": {"mixer": "identity"},
     "frozen_identity": {"mixer": "frozen", "mixer_init": "identity"},
     "patterns": {"rank_pattern": {"k": 2, "q": 6}, "alpha_pattern": {"q": 3}},
+    "mixer_pattern": {"mixer_pattern": {"q|embed": "identity", "conv": "two_subspaces"}},
+    "mixers_by_pattern_alone": {"mixer": "identity", "mixer_pattern": {"embed|k": "learned", "grouped": "frozen"}},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True, "target_modules": ["embed", "q", "k", "conv"]},
     "modules_to_save": {"modules_to_save": ["head"]},
@@ -166,12 +168,21 @@ def test_the_fold_is_the_update_whatever_the_sizes(r, out, inp, seed, named):
     torch.testing.assert_close(delta, B @ M @ A, rtol=1e-9, atol=1e-11)
 
 
-def test_both_projections_of_multihead_attention_are_folded(tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"mixer": "identity", "mixer_pattern": {"attn": "learned"}},
+        {"mixer_pattern": {"attn": "identity"}},
+    ],
+    ids=["everywhere", "by_pattern", "none_by_pattern"],
+)
+def test_both_projections_of_multihead_attention_are_folded(tmp_path, settings):
     def attention():
         torch.manual_seed(0)
         return nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
 
-    model = get_peft_model(attention(), MoSLoraConfig(r=4, target_modules=["attn"]))
+    model = get_peft_model(attention(), MoSLoraConfig(r=4, target_modules=["attn"], **settings))
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if "lora_" in name:
@@ -384,6 +395,38 @@ DAMAGE = {
 }
 
 
+def unmix(tensors: dict[str, torch.Tensor], module: str) -> None:
+    host = f"base_model.model.{module}.lora_B."
+    tensors[host + "weight"] = tensors.pop(host + "raw")
+    del tensors[host + "mixer"]
+
+
+EMBED = "base_model.model.embed.lora_mixer"
+PLAIN_Q_AND_EMBED = {"mixer_pattern": {"q|embed": "identity"}}
+DAMAGE |= {
+    "a mixer that the pattern promises": (
+        lambda f: (
+            edit_config(f, **PLAIN_Q_AND_EMBED),
+            edit_weights(f, lambda t: (unmix(t, "q"), unmix(t, "k"), t.pop(EMBED))),
+        ),
+        r"k\.lora_B\.weight: has no mixer, though the configuration says mixer=learned",
+    ),
+    "a mixer that the pattern denies": (
+        lambda f: edit_config(f, **PLAIN_Q_AND_EMBED),
+        r"(q\.lora_B\.raw|embed\.lora_embedding_B): has a mixer, though the configuration says mixer=identity",
+    ),
+    "an embedding's mixer that the pattern denies": (
+        lambda f: (edit_config(f, **PLAIN_Q_AND_EMBED), edit_weights(f, lambda t: unmix(t, "q"))),
+        r"embed\.lora_embedding_B: has a mixer, though the configuration says mixer=identity",
+    ),
+    "a grouped convolution's mixer that the pattern denies": (
+        lambda f: edit_config(f, mixer_pattern={"grouped": "identity"}),
+        r"grouped\.lora_B\.weight: has a mixer, though the configuration says mixer=identity",
+    ),
+    "an unknown mixer in the pattern": (lambda f: edit_config(f, mixer_pattern={"q": "blended"}), "'blended'"),
+}
+
+
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
 def test_what_is_no_complete_adapter_is_refused_in_one_line(saved, tmp_path, capsys, damage, message):
     damage(saved)
@@ -528,6 +571,20 @@ def test_the_folded_start_is_m0_a0_of_the_same_seeds(seed, init):
     assert torch.equal(start[key + "lora_embedding_B"], fold_into_b(B, M))
     assert torch.count_nonzero(start[key + "lora_embedding_A"]) == 0
     assert torch.equal(after, after_folded), "what is drawn after attaching differs"
+
+
+def test_the_folded_start_follows_the_mixer_pattern():
+    moslora, folded, after, after_folded = start_pair(mixer_pattern={"q|grouped": "identity", "embed": "frozen"})
+    mixed_start, start = get_peft_model_state_dict(moslora), get_peft_model_state_dict(folded)
+    for module, mixes in (("q", False), ("grouped", False), ("k", True), ("conv", True)):
+        key = f"base_model.model.{module}."
+        A = mixed_start[key + "lora_A.weight"]
+        assert (key + "lora_B.mixer" in mixed_start) == mixes
+        expected = fold_into_a(A, mixed_start[key + "lora_B.mixer"]) if mixes else A
+        assert torch.equal(start[key + "lora_A.weight"], expected)
+    B, M = (mixed_start[f"base_model.model.embed.{part}"] for part in ("lora_embedding_B", "lora_mixer"))
+    assert torch.equal(start["base_model.model.embed.lora_embedding_B"], fold_into_b(B, M))
+    assert torch.equal(after, after_folded)
 
 
 def test_the_folded_start_is_a_trainable_plain_lora_that_does_nothing_yet(tmp_path):

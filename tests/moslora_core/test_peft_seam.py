@@ -119,12 +119,18 @@ def test_create_and_replace_puts_the_layer_under_its_parent():
     "name, expected",
     [
         ("_check_new_adapter_config", ["config"]),
+        ("inject_adapter", ["model", "adapter_name"]),
         ("add_weighted_adapter", ["adapters", "weights", "adapter_name", "combination_type"]),
         ("subtract_mutated_init", ["output_state_dict", "adapter_name", "kwargs"]),
     ],
 )
 def test_overridden_methods_have_their_arguments(name, expected):
     assert parameters(getattr(LoraModel, name))[: len(expected)] == expected
+
+
+def test_adapted_modules_are_known_by_name():
+    model = get_peft_model(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3)), LoraConfig(target_modules=["0"]))
+    assert list(model.base_model.targeted_module_names) == ["0"]
 
 
 def test_add_weighted_adapter_copies_the_first_configuration():
