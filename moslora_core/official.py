@@ -10,10 +10,10 @@ They call the mixer ``lora_AB``. Their update is ``lora_B.weight @ lora_AB.weigh
 The last name is no slip of ours: diffusers renames ``lora_A`` to ``lora.down`` wherever it occurs, in ``lora_AB`` too.
 Their SDXL training sets alpha = r, so that the scaling without a configuration is 1.
 
-**Modules without a mixer.** A ``MoSLoraConfig`` applies to all of its targets. Where some of an adapter's modules have
-no ``lora_AB`` (convolutions, embeddings, 8-bit layers, ``lora_use_mixer_pattern``), they get M = I, which is exact; it
-is stored as a learned mixer, hence trains if training goes on. An adapter with no ``lora_AB`` at all is refused: it is
-plain LoRA, or PEFT dropped its mixers when it saved it again.
+**Modules without a mixer.** Where some of an adapter's modules have no ``lora_AB`` (convolutions, embeddings, 8-bit
+layers, ``lora_use_mixer_pattern``), ``mixer_pattern`` names them as plain LoRA, which they are, and stay if training
+goes on. An adapter with no ``lora_AB`` at all is refused: it is plain LoRA, or PEFT dropped its mixers when it saved
+it again.
 
 **Safety.** ``adapter_model.bin`` is a pickle. It is opened with ``weights_only=True`` alone: torch's own unpickler,
 which knows tensors and containers and refuses every other type or call, so that no code in the file can run.
@@ -113,8 +113,8 @@ def convert_official(
         raise UserError(
             "use_dora with lora_AB: the authors' DoRA ignores the mixer in training and applies it in merging"
         )
-    if unmixed := [module for module in modules if module not in set(mixed)]:
-        logger.warning("%d of %d modules have no mixer and get M = I: %s ...", len(unmixed), len(modules), unmixed[0])
+    if unmixed := [module for module, parts in modules.items() if "lora_AB" not in parts]:
+        logger.warning("%d of %d modules have no mixer, as in LoRA: %s ...", len(unmixed), len(modules), unmixed[0])
     # PEFT 0.3 replaced a layer where PEFT now wraps it: its trained bias is the wrapped layer's.
     converted = {
         f"{owner}.base_layer.bias" if leaf == "bias" and owner in modules else key: tensor
@@ -123,7 +123,7 @@ def convert_official(
     }
     for module, parts in modules.items():
         converted.update(_convert_module(config, module, parts))
-    return _convert_config(config, list(modules)), converted
+    return _convert_config(config, list(modules), _mixer_pattern(mixed, unmixed)), converted
 
 
 def load_official(
@@ -246,20 +246,33 @@ def _convert_module(
     if rank != expected:
         raise UserError(f"{module}.{names[0]}: rank {rank}, shape {tuple(A.shape)}; the configuration says {expected}")
     M = parts.get("lora_AB")
-    if M is None:
-        M = torch.eye(rank, dtype=B.dtype)
     # A grouped convolution's B has r / groups columns, which the authors' code does not build.
-    if tuple(M.shape) != (rank, rank) or B.shape[1] != rank:
+    if (M is not None and tuple(M.shape) != (rank, rank)) or B.shape[1] != rank:
+        mixer = "none" if M is None else tuple(M.shape)
         raise UserError(
-            f"{module}: A {tuple(A.shape)}, lora_AB {tuple(M.shape)}, B {tuple(B.shape)} do not fit; expected "
+            f"{module}: A {tuple(A.shape)}, lora_AB {mixer}, B {tuple(B.shape)} do not fit; expected "
             f"({rank}, in), ({rank}, {rank}), (out, {rank})"
         )
     if embedding:
-        return {f"{module}.lora_embedding_A": A, f"{module}.lora_embedding_B": B, f"{module}.lora_mixer": M}
+        mixer = {} if M is None else {f"{module}.lora_mixer": M}
+        return {f"{module}.lora_embedding_A": A, f"{module}.lora_embedding_B": B} | mixer
+    if M is None:
+        return {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}
     return {f"{module}.lora_A.weight": A, f"{module}.lora_B.raw": B, f"{module}.lora_B.mixer": M}
 
 
-def _convert_config(config: Mapping[str, Any], modules: Sequence[str]) -> MoSLoraConfig:
+def _mixer_pattern(mixed: Sequence[str], unmixed: Sequence[str]) -> dict[str, str]:
+    """The modules without a mixer: by the last part of their names where that tells them apart, else one by one."""
+    last = {module.rpartition(".")[2] for module in mixed}
+    keys = {}
+    for module in unmixed:
+        name = module.rpartition(".")[2]
+        whole = f"^{re.escape(module.removeprefix(PREFIX))}"  # a tail of another module's name would match without ^
+        keys[whole if name in last else re.escape(name)] = "identity"
+    return keys
+
+
+def _convert_config(config: Mapping[str, Any], modules: Sequence[str], mixer_pattern: dict[str, str]) -> MoSLoraConfig:
     known = {entry.name for entry in fields(LoraConfig) if entry.init} - {"peft_type", "inference_mode"}
     if foreign := sorted(set(config) - known - _THEIRS - {"peft_type", "inference_mode"}):
         logger.warning("left out of the configuration, unknown to PEFT: %s", ", ".join(foreign))
@@ -272,7 +285,7 @@ def _convert_config(config: Mapping[str, Any], modules: Sequence[str]) -> MoSLor
         if not isinstance(kept.get(name), (int, float)):
             raise UserError(f"{CONFIG_NAME}: {name} is {config.get(name)!r}; expected a number")
     try:
-        return MoSLoraConfig(**kept, mixer="learned", inference_mode=True)
+        return MoSLoraConfig(**kept, mixer="learned", mixer_pattern=mixer_pattern, inference_mode=True)
     except (TypeError, ValueError) as error:
         raise UserError(f"{CONFIG_NAME}: {str(error).splitlines()[0]}") from None
 

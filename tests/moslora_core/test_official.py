@@ -219,18 +219,41 @@ def test_the_sdxl_layout_is_what_diffusers_makes_of_their_keys(tmp_path, source)
         torch.testing.assert_close(layer(x), expected[name], rtol=1e-4, atol=1e-4)
 
 
-def test_modules_without_a_mixer_get_the_identity_exactly(tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("unmixed", "pattern"),
+    [
+        (
+            ["layers.1.q_proj", "layers.1.up_proj"],
+            {r"^layers\.1\.q_proj": "identity", r"^layers\.1\.up_proj": "identity"},
+        ),
+        (["layers.0.q_proj", "layers.1.q_proj"], {"q_proj": "identity"}),
+    ],
+    ids=["of_a_layer", "of_a_name"],
+)
+def test_modules_without_a_mixer_stay_plain_lora(tmp_path, caplog, unmixed, pattern):
     made = factors()
     tensors = keyed(made, "stripped")
-    for name in ("layers.1.q_proj", "layers.1.up_proj"):
+    for name in unmixed:
         del tensors[f"{PREFIX}{name}.lora_AB.weight"]
         made[name] = (made[name][0], torch.eye(R), made[name][2])
     folder = write(tmp_path / "x", VISUAL, tensors)
     model = load_official(base(), folder)
     torch.testing.assert_close(model(IDS), expected_output(made, 8 / R), rtol=1e-4, atol=1e-5)
-    assert "2 of 4 modules have no mixer" in caplog.text and "layers.1.q_proj" in caplog.text
-    mixer = get_peft_model_state_dict(model)[f"{PREFIX}layers.1.q_proj.lora_B.mixer"]
-    assert torch.equal(mixer, torch.eye(R))
+    assert "2 of 4 modules have no mixer" in caplog.text and unmixed[0] in caplog.text
+    assert model.peft_config["default"].mixer_pattern == pattern
+    mixers = {key for key in get_peft_model_state_dict(model) if key.endswith("mixer")}
+    assert mixers == {f"{PREFIX}{name}.lora_B.mixer" for name in MODULES if name not in unmixed}
+
+
+def test_a_name_that_ends_as_another_one_is_told_apart(tmp_path):
+    """The pattern of the plain "q" must not reach the "q" of a block."""
+    A, B, M = torch.randn(2, 3), torch.randn(4, 2), torch.randn(2, 2)
+    tensors = {f"{PREFIX}block.q.lora_AB.weight": M}
+    for name in ("q", "block.q"):
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
+    config, converted = convert_official({"r": 2, "lora_alpha": 2, "target_modules": ["q"]}, tensors)
+    assert f"{PREFIX}q.lora_B.weight" in converted and f"{PREFIX}block.q.lora_B.raw" in converted
+    assert (config.mixer_of("q").exists, config.mixer_of("block.q").exists) == (False, True)
 
 
 def test_embeddings_biases_and_saved_modules_come_along(tmp_path):
@@ -248,7 +271,7 @@ def test_embeddings_biases_and_saved_modules_come_along(tmp_path):
     targets = ["q_proj", "up_proj", "embed"]
     config = COMMONSENSE | {"target_modules": targets, "modules_to_save": ["head"], "bias": "lora_only"}
     _, converted = convert_official(config, tensors)
-    assert torch.equal(converted[f"{PREFIX}embed.lora_mixer"], torch.eye(R))
+    assert f"{PREFIX}embed.lora_mixer" not in converted
     assert torch.equal(converted[f"{PREFIX}layers.0.q_proj.base_layer.bias"], bias)
     model = load_official(base(), write(tmp_path / "x", config, tensors))
     delta = model.base_model.model.embed.get_delta_weight("default")
