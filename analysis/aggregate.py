@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moslora_core.record import TaskResult
@@ -47,10 +47,25 @@ def summarize(values: Iterable[float]) -> Summary | None:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What a table that has several base models groups its rows by."""
+
+    base: str
+    quantization: str = "none"
+
+    @property
+    def order(self) -> tuple:
+        """Sort key: a base model's unquantised form comes first."""
+        return self.base, self.quantization != "none", self.quantization
+
+
+@dataclass(frozen=True)
 class Row:
     """One method with one set of overrides, over its seeds.
 
     Attributes:
+        setting: base model and its quantisation, None in a table that has one of them.
+        name: the row's name in its table, unique within its setting.
         parameters: trainable parameters -> number of seeds that had so many; one entry if all is well.
         tasks: task -> accuracy, over the seeds that have the task.
         average: plain mean over the tasks of each seed, over the seeds.
@@ -58,8 +73,10 @@ class Row:
         memory: kind -> peak bytes; the kinds are different quantities.
     """
 
+    setting: Setting | None
     method: str
     label: str
+    name: str
     seeds: tuple[int, ...]
     parameters: dict[int, int]
     seconds: Summary | None
@@ -70,38 +87,64 @@ class Row:
     unparsed: Summary | None
 
     @property
-    def name(self) -> str:
-        notes = ["no adapter"] if self.method in ("none", "base") else []
-        notes += [self.label] if self.label != "default" else []
-        return self.method + (f" ({'; '.join(notes)})" if notes else "")
+    def title(self) -> str:
+        """The row's name in a sentence, unique within its table."""
+        return self.name if self.setting is None else f"{self.setting.base}: {self.name}"
 
 
-def rows_of(runs: Iterable[Run], protocol: str, tasks: Sequence[str]) -> list[Row]:
-    """Runs that differ only in their seed make a row; rows in the order of the methods, then of their overrides."""
+ResultsOf = Callable[[Run], Mapping[str, TaskResult]]
+
+
+def row_name(method: str, notes: Iterable[str]) -> str:
+    """``moslora (orthogonal)``: the method and, in brackets, what sets the row apart."""
+    notes = [*(["no adapter"] if method in ("none", "base") else []), *notes]
+    return method + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def rows_of(
+    runs: Iterable[Run],
+    results_of: ResultsOf,
+    tasks: Sequence[str],
+    setting_of: Callable[[Run], Setting | None] = lambda run: None,
+) -> list[Row]:
+    """Runs that differ only in their seed make a row.
+
+    Rows come in the order of their settings (the unquantised first), then of the methods, then of their overrides.
+    """
     groups = defaultdict(list)
     for run in runs:
-        groups[run.method, run.label].append(run)
+        groups[setting_of(run), run.method, run.label].append(run)
     return [
-        _row(method, label, sorted(group, key=lambda run: run.seed), protocol, tasks)
-        for (method, label), group in sorted(groups.items(), key=lambda item: _order(*item[0]))
+        _row(*key, sorted(group, key=lambda run: run.seed), results_of, tasks)
+        for key, group in sorted(groups.items(), key=lambda item: order(*item[0]))
     ]
 
 
-def _order(method: str, label: str) -> tuple:
+def order(setting: Setting | None, method: str, label: str) -> tuple:
+    """Sort key of a row."""
     known = METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
-    return known, method, label != "default", label
+    return () if setting is None else setting.order, known, method, label != "default", label
 
 
-def _row(method: str, label: str, runs: Sequence[Run], protocol: str, tasks: Sequence[str]) -> Row:
-    results = [run.evaluations[protocol].tasks for run in runs]
+def _row(
+    setting: Setting | None,
+    method: str,
+    label: str,
+    runs: Sequence[Run],
+    results_of: ResultsOf,
+    tasks: Sequence[str],
+) -> Row:
+    results = [results_of(run) for run in runs]
     trainings = [run.training for run in runs if run.training is not None]
     memory = defaultdict(list)
     for training in trainings:
         memory[training.peak_memory_kind].append(training.peak_memory_bytes)
     averaged, average = _average(results, tasks)
     return Row(
+        setting=setting,
         method=method,
         label=label,
+        name=row_name(method, [label] if label != "default" else []),
         seeds=tuple(run.seed for run in runs),
         parameters=dict(sorted(Counter(training.trainable_parameters for training in trainings).items())),
         seconds=summarize(training.seconds for training in trainings),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moslora_core.errors import UserError
-from moslora_core.record import Evaluation, RunRecord, Training, find_runs, read_json
+from moslora_core.record import Evaluation, RunRecord, TaskResult, Training, find_runs, read_json
 
 # Evaluations without a trained adapter, the lines that every method must beat; they have no training to report.
 REFERENCES = ("majority", "none", "base")
@@ -20,7 +20,10 @@ _PROTOCOL = re.compile(r"\w[\w.,=+:@-]*", re.ASCII)  # it names a folder of the 
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run. ``path`` is relative to the folder of runs; ``evaluations`` maps protocols."""
+    """One run with finished evaluations. ``path`` is relative to the folder of runs; ``evaluations`` maps protocols.
+
+    ``stopped`` says how a later stage ended that did not finish; None if all is well.
+    """
 
     path: str
     experiment: str
@@ -31,6 +34,7 @@ class Run:
     training: Training | None
     evaluations: dict[str, Evaluation]
     commits: frozenset[str]
+    stopped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,15 @@ def _load(record: RunRecord, relative: str) -> Run:
     status = record.status()
     if status is None:
         raise UserError("status.json is missing")
+    stopped = None
     if status.state != "finished":
-        raise UserError(f"{status.state} at stage {status.stage}" + (f": {status.reason}" if status.reason else ""))
+        stopped = f"{status.state} at stage {status.stage}" + (f": {status.reason}" if status.reason else "")
+        if status.stage == "train":
+            raise UserError(stopped)
     results = record.results()
+    # An evaluation enters the results when it is complete: one that was stopped costs none of the earlier ones.
+    if stopped is not None and not results.evaluations:
+        raise UserError(stopped)
     if results.training is None and method not in REFERENCES:
         raise UserError("results.json has no training summary")
     if not results.evaluations:
@@ -93,6 +103,7 @@ def _load(record: RunRecord, relative: str) -> Run:
         training=results.training,
         evaluations=_by_protocol(results.evaluations),
         commits=_commits(record),
+        stopped=stopped,
     )
 
 
@@ -109,15 +120,21 @@ def _by_protocol(evaluations: dict[str, Evaluation]) -> dict[str, Evaluation]:
         if not isinstance(evaluation.settings, dict):
             raise UserError(f"results.json: {name}.settings must be an object, found {evaluation.settings!r}")
         for task, result in evaluation.tasks.items():
-            shares = {"value": result.value} | ({} if result.unparsed is None else {"unparsed": result.unparsed})
-            for key, share in shares.items():
-                if not 0 <= share <= 1:
-                    raise UserError(f"results.json: {name}.{task}: {key} must be a share in [0, 1], found {share}")
-            if not isinstance(result.metric, str):
-                raise UserError(f"results.json: {name}.{task}: metric must be a name, found {result.metric!r}")
-            if result.n < 1:
-                raise UserError(f"results.json: {name}.{task}: n must be positive, found {result.n}")
+            _check(result, f"results.json: {name}.{task}")
+            for part, entry in (result.breakdown or {}).items():
+                _check(entry, f"results.json: {name}.{task}.breakdown.{part}")
     return {protocol: evaluations[name] for protocol, name in found.items()}
+
+
+def _check(result: TaskResult, where: str) -> None:
+    shares = {"value": result.value} | ({} if result.unparsed is None else {"unparsed": result.unparsed})
+    for key, share in shares.items():
+        if not 0 <= share <= 1:
+            raise UserError(f"{where}: {key} must be a share in [0, 1], found {share}")
+    if not isinstance(result.metric, str):
+        raise UserError(f"{where}: metric must be a name, found {result.metric!r}")
+    if result.n < 1:
+        raise UserError(f"{where}: n must be positive, found {result.n}")
 
 
 def _commits(record: RunRecord) -> frozenset[str]:

@@ -41,10 +41,15 @@ def significant(value: float, digits: int = 3) -> str:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of plain text: the first column is aligned to the left, the others to the right."""
+    """A table of plain text: the first ``left`` columns are aligned to the left, the others to the right.
+
+    ``groups`` has the numbers of the rows that begin a further group; LaTeX draws a rule above them.
+    """
 
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
+    left: int = 1
+    groups: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if bad := [row for row in self.rows if len(row) != len(self.headers)]:
@@ -63,21 +68,29 @@ class Block:
 
 @dataclass(frozen=True)
 class Page:
-    """Our numbers, the runs that did not enter them, and the paper's numbers as a block of their own."""
+    """Our numbers, the runs that did not enter them, and the paper's numbers as a block of their own.
+
+    ``further`` has more of our numbers in tables of other columns.
+    """
 
     label: str
     measured: Block
     left_out: Sequence[str]
     paper: Block
+    further: Sequence[Block] = ()
 
 
 def markdown_page(page: Page) -> str:
-    ours, theirs = page.measured, page.paper
-    parts = [f"## {_plain(ours.title)}\n", bullets(ours.facts), markdown_table(ours.grid), bullets(ours.notes)]
+    ours = page.measured
+    parts = [heading(2, ours.title), bullets(ours.facts), markdown_table(ours.grid), bullets(ours.notes)]
+    parts += [text for block in page.further for text in _section(block)]
     if page.left_out:
         parts += ["Left out:\n", bullets(page.left_out)]
-    parts += [f"### {_plain(theirs.title)}\n", bullets(theirs.facts), markdown_table(theirs.grid)]
-    return "\n".join(part for part in [*parts, bullets(theirs.notes)] if part)
+    return "\n".join(part for part in [*parts, *_section(page.paper)] if part)
+
+
+def _section(block: Block) -> list[str]:
+    return [heading(3, block.title), bullets(block.facts), markdown_table(block.grid), bullets(block.notes)]
 
 
 def latex_page(page: Page) -> str:
@@ -86,8 +99,15 @@ def latex_page(page: Page) -> str:
     lines += [r"\begin{table*}", r"\centering\footnotesize\setlength{\tabcolsep}{3pt}"]
     lines += [rf"\caption{{{escape_latex(' '.join([f'{ours.title}.', *ours.facts]))}}}", rf"\label{{{page.label}}}"]
     lines += [latex_tabular(ours.grid) + _paragraphs(ours.notes), r"\medskip"]
+    for block in page.further:
+        lines += [_paragraphs([" ".join([f"{block.title}.", *block.facts])]) + latex_tabular(block.grid)]
+        lines += [_paragraphs(block.notes), r"\medskip"]
     lines += [_paragraphs([" ".join([f"{theirs.title}.", *theirs.facts])]) + latex_tabular(theirs.grid)]
     return "\n".join([*lines, _paragraphs(theirs.notes), r"\end{table*}", ""])
+
+
+def heading(level: int, text: str) -> str:
+    return f"{'#' * level} {_plain(text)}\n"
 
 
 def bullets(lines: Iterable[str]) -> str:
@@ -111,18 +131,22 @@ def markdown_table(grid: Grid) -> str:
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(grid.headers))]
 
     def join(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells[1:], widths[1:], strict=True))]
+        padded = [
+            cell.ljust(w) if i < grid.left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        ]
         return f"| {' | '.join(padded)} |"
 
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    rule = ["-" * width if i < grid.left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join([join(lines[0]), join(rule), *(join(line) for line in lines[1:])]) + "\n"
 
 
 def latex_tabular(grid: Grid) -> str:
     """A ``tabular`` with the rules of booktabs."""
-    lines = [" & ".join(escape_latex(cell) for cell in row) + r" \\" for row in (grid.headers, *grid.rows)]
-    columns = "l" + "r" * (len(grid.headers) - 1)
-    body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+    header, *rows = [" & ".join(escape_latex(cell) for cell in row) + r" \\" for row in (grid.headers, *grid.rows)]
+    columns = "l" * grid.left + "r" * (len(grid.headers) - grid.left)
+    rows = [r"\midrule" + f"\n{row}" if number in grid.groups else row for number, row in enumerate(rows)]
+    body = [r"\toprule", header, r"\midrule", *rows, r"\bottomrule"]
     return "\n".join([rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}", ""])
 
 

@@ -44,12 +44,27 @@ def test_runs_of_other_experiments_and_scales_are_not_read(runs):
     ("state", "stage", "reason", "expected"),
     [
         ("running", "train", None, "running at stage train"),
-        ("failed", "evaluate", "OutOfMemoryError: 80 GiB", "failed at stage evaluate: OutOfMemoryError: 80 GiB"),
+        ("failed", "train", "OutOfMemoryError: 80 GiB", "failed at stage train: OutOfMemoryError: 80 GiB"),
     ],
 )
 def test_an_unfinished_run_is_left_out(runs, state, stage, reason, expected):
     runs.add().set_status(state, stage, reason)
     assert only_left_out(runs).reason == expected
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "import_results"])
+def test_a_stage_that_stopped_after_a_complete_evaluation_is_noted(runs, stage):
+    runs.add().set_status("failed", stage, "OSError: disk full")
+    (run,), left_out = load_runs(runs.root, EXPERIMENT)
+    assert left_out == [] and run.stopped == f"failed at stage {stage}: OSError: disk full"
+    assert sorted(run.evaluations) == ["corrected"]
+
+
+def test_a_first_evaluation_that_stopped_is_left_out(runs):
+    record = runs.add()
+    edit(record.path / "results.json", lambda raw: raw.update(evaluations={}))
+    record.set_status("failed", "evaluate", "OSError: disk full")
+    assert only_left_out(runs).reason == "failed at stage evaluate: OSError: disk full"
 
 
 def edit(path, change):
@@ -62,6 +77,10 @@ def task(raw):
     return raw["evaluations"]["corrected"]["tasks"]["piqa"]
 
 
+def breakdown(raw, **changed):
+    task(raw).update(breakdown={"circular": {"metric": "accuracy", "value": 0.5, "n": 10, **changed}})
+
+
 DAMAGE = {
     "older schema": (lambda raw: raw.update(schema_version=0), "schema_version 0, expected 1"),
     "no schema": (lambda raw: raw.pop("schema_version"), "schema_version None"),
@@ -72,6 +91,10 @@ DAMAGE = {
     "unparsed in percent": (lambda raw: task(raw).update(unparsed=3.0), "unparsed must be a share"),
     "no items": (lambda raw: task(raw).update(n=0), "n must be positive"),
     "metric is no name": (lambda raw: task(raw).update(metric=None), "metric must be a name"),
+    "NaN in a part": (lambda raw: breakdown(raw, value=float("nan")), "breakdown.circular: value must be a finite"),
+    "part in percent": (lambda raw: breakdown(raw, value=73.8), "piqa.breakdown.circular: value must be a share"),
+    "part in points": (lambda raw: breakdown(raw, value=1500), "must be a share in [0, 1], found 1500"),
+    "part without items": (lambda raw: breakdown(raw, n=0), "breakdown.circular: n must be positive"),
     "unknown key": (lambda raw: task(raw).update(accuracy=1), "unknown key 'accuracy'"),
     "missing key": (lambda raw: task(raw).pop("metric"), "metric"),
     "tasks are a list": (lambda raw: raw["evaluations"]["corrected"].update(tasks=[]), "tasks must be an object"),

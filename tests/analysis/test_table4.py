@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -233,12 +234,25 @@ def test_tasks_of_no_column_are_named_and_not_averaged(runs):
 
 def test_left_out_runs_stand_below_the_table_and_in_no_number(runs):
     runs.add("lora", 1, accuracies=0.5)
-    runs.add("lora", 2, accuracies=1.0).set_status("failed", "evaluate", "OSError: disk | full")
+    runs.add("lora", 2, accuracies=1.0).set_status("failed", "train", "OSError: disk | full")
     page = page_of(runs)
     assert measured(page).loc["lora", "Avg."] == "50.0" and measured(page).loc["lora", "n"] == "1†"
-    line = "commonsense_reasoning/smoke/lora/default/seed-2: failed at stage evaluate: OSError: disk"
+    line = "commonsense_reasoning/smoke/lora/default/seed-2: failed at stage train: OSError: disk"
     assert f"Left out:\n\n- {line} \\| full\n" in page.markdown
     assert f"% Left out: {line} | full\n" in page.latex
+
+
+def test_a_later_evaluation_that_stopped_costs_none_of_the_earlier_ones(runs):
+    runs.add("lora", 1, accuracies=0.5)
+    runs.add("lora", 2, accuracies=0.7).set_status("failed", "evaluate", "OSError: disk full")
+    runs.add("lora", 3, accuracies=0.9).set_status("running", "evaluate")
+    page = page_of(runs)
+    assert measured(page).loc["lora", "Avg."] == "70.0 ± 20.0" and "Left out" not in page.markdown
+    path = "commonsense_reasoning/smoke/lora/default"
+    assert (
+        f"{path}/seed-2: a later stage did not finish (failed at stage evaluate: OSError: disk full)." in page.markdown
+    )
+    assert f"{path}/seed-3: a later stage did not finish (running at stage evaluate)." in page.markdown
 
 
 def test_every_number_of_the_paper_keeps_its_mark_in_every_format(runs):
@@ -281,6 +295,52 @@ def test_latex_is_well_formed(runs):
     bare = re.sub(r"\\[{}]", "", code)
     assert bare.count("{") == bare.count("}")
     assert code.isascii()
+
+
+SMALL_PAPER = """
+sources:
+  recalled: {provenance: RECALLED, text: from memory}
+  KR: {provenance: SECONDARY, text: a rendering}
+tables:
+  table4:
+    title: "Table 4"
+    setting: LLaMA-3 8B
+    columns:
+      parameters: {title: Params (M), unit: million}
+      piqa: {title: PIQA, unit: percent}
+      boolq: {title: BoolQ, unit: percent}
+      avg: {title: Avg., unit: percent}
+    rows:
+      lora:
+        title: LoRA
+        cells:
+          piqa: {value: 86.7, provenance: RECALLED, source: recalled}
+          avg: [{value: 85.2, provenance: RECALLED, source: recalled}, {high: 85.6, provenance: SECONDARY, source: KR}]
+    notes:
+      - {text: A note, provenance: SECONDARY, source: KR}
+"""
+
+
+@pytest.mark.parametrize("suffix", ["md", "csv", "tex"])
+def test_the_page_has_the_expected_bytes(runs, tmp_path, suffix):
+    """Every kind of cell, fact and note once. After a change on purpose: write ``files()`` to ``expected/``."""
+    settings = {"beams": 4, "limit": None}
+    for seed, (piqa, boolq) in enumerate([(0.5, 0.25), (0.625, 0.75)]):
+        kind = "rss" if seed else "cuda"
+        given = {"settings": settings, "unparsed": 0.125 * seed, "memory": (2**30, kind), "seconds": 999.0 + seed}
+        runs.add("moslora", seed, "method.mixer_init=orthogonal", accuracies={"piqa": piqa, "boolq": boolq}, **given)
+    runs.add("moslora", 0, accuracies={"piqa": 0.5, "copa": 1.0}, items=50, settings={"beams": 1}, commit=None)
+    runs.add("lora", 0, accuracies={"piqa": 0.1, "boolq": 0.2}, parameters=28_311_552, metric="acc_norm")
+    runs.add("lora", 1, accuracies={"piqa": 0.3}, parameters=28_311_553, commit="f" * 40 + "+dirty")
+    runs.add("base", 0, accuracies={"piqa": 0.0, "boolq": 0.0}, training=None)
+    runs.add("dora", 0, accuracies={"copa": 0.5})
+    runs.add("dora", 1, accuracies={"piqa": 1.5})
+    runs.add("dora", 2).set_status("failed", "train", "OSError: a | b")
+    (tmp_path / "numbers.yaml").write_text(SMALL_PAPER, encoding="utf-8")
+    numbers = load_paper_numbers(tmp_path / "numbers.yaml")
+    (page,) = build(*load_runs(runs.root, "commonsense_reasoning"), numbers)
+    expected = Path(__file__).with_name("expected") / f"table4.{suffix}"
+    assert page.files()[suffix] == expected.read_text("utf-8")
 
 
 def test_the_csv_is_one_table(runs):
