@@ -60,5 +60,6 @@ def _legend(paper: PaperTable, sources: dict[str, str]) -> list[str]:
         if used := sorted({entry.source for entry in (*claims, *paper.notes) if entry.provenance == name}):
             count = sum(claim.provenance == name for claim in claims)
             named = "; ".join(f"{sources[source]} ({source})" for source in used)
-            lines.append(f"{mark} {name} ({count} of {len(claims)} numbers): {named}.")
+            share = f" ({count} of {len(claims)} numbers)" if claims else ""
+            lines.append(f"{mark} {name}{share}: {named}.")
     return lines

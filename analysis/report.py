@@ -1,7 +1,7 @@
-"""Writes the tables of the runs: ``python -m analysis.report --runs runs --out reports``.
+"""Writes the tables and figures of the runs: ``python -m analysis.report --runs runs --out reports``.
 
-Each table becomes ``<out>/<experiment>/<scale>/<protocol>/<table>.{md,csv,tex}``; ``<out>/report.md`` holds them all.
-The same runs give the same bytes.
+Each table becomes ``<out>/<experiment>/<scale>/<protocol>/<table>.{md,csv,tex}``, each figure
+``<figure>.{md,csv,pdf,svg,png}`` there; ``<out>/report.md`` holds them all. The same runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -10,28 +10,44 @@ import argparse
 import io
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from moslora_core.errors import UserError
 from moslora_core.record import write_atomic
 
-from . import table4
+from . import figure5, table4, table5
+from .figure5 import Figure
 from .load import LeftOut, Run, load_runs
 from .paper import PaperNumbers, load_paper_numbers
 from .tables import bullets
+from .task_table import Document
 
-Build = Callable[[Sequence[Run], Sequence[LeftOut], PaperNumbers], list[table4.Document]]
+Build = Callable[[Sequence[Run], Sequence[LeftOut], PaperNumbers], Sequence[Document | Figure]]
 
-# Experiment -> the tables made from its runs.
-TABLES: dict[str, tuple[Build, ...]] = {"commonsense_reasoning": (table4.build,)}
+# Experiment -> the tables made from its runs, and the figures.
+TABLES: dict[str, tuple[Build, ...]] = {
+    "commonsense_reasoning": (table4.build,),
+    "visual_instruction": (table5.build,),
+}
+FIGURES: dict[str, tuple[Callable[..., Sequence[Figure]], ...]] = {"visual_instruction": (figure5.build,)}
 
 
 def write_report(
-    runs_dir: Path, out: Path, experiments: Sequence[str] = tuple(TABLES), scale: str | None = None
+    runs_dir: Path,
+    out: Path,
+    experiments: Sequence[str] = tuple(TABLES),
+    scale: str | None = None,
+    figures: bool = True,
+    normalised: bool = False,
 ) -> tuple[Path, str]:
-    """Writes every table and the report that holds them; returns the report's path and text.
+    """Writes every table and figure and the report that holds them; returns the report's path and text.
+
+    Args:
+        normalised: divide every axis of a radar by its largest mean.
 
     Raises:
         UserError: if there is no run at all, or a folder cannot be read or written.
@@ -40,26 +56,52 @@ def write_report(
     sections = []
     for experiment in experiments:
         runs, left_out = load_runs(runs_dir, experiment, scale) if runs_dir.is_dir() else ([], [])
-        documents = [document for build in TABLES[experiment] for document in build(runs, left_out, numbers)]
-        for document in documents:
-            folder = out / experiment / document.folder
-            for suffix, text in (("md", document.markdown), ("csv", document.csv), ("tex", document.latex)):
-                write_atomic(folder / f"{document.name}.{suffix}", text)
+        builds = [*TABLES[experiment]]
+        if figures:
+            builds += [partial(build, normalised=normalised) for build in FIGURES.get(experiment, ())]
+        for document in [document for build in builds for document in build(runs, left_out, numbers)]:
             base = f"{experiment}/{document.folder}/{document.name}"
-            files = ", ".join(f"[{suffix}]({base}.{suffix})" for suffix in ("md", "csv", "tex"))
-            sections.append(f"{document.markdown}\nFiles: {files}\n")
+            for suffix, content in document.files().items():
+                _write(out / f"{base}.{suffix}", content)
+            files = ", ".join(f"[{suffix}]({base}.{suffix})" for suffix in document.files())
+            sections.append(f"{document.section(base)}\nFiles: {files}\n")
         tabled = {run.scale for run in runs}
         for untabled in sorted({entry.scale for entry in left_out} - tabled):
             sections.append(_only_left_out(experiment, untabled, left_out))
     if not sections:
         what = f"{' or '.join(experiments)}{f' at scale {scale}' if scale else ''}"
-        overrides = f"scale={scale or 'smoke'} method=moslora seed=1"
-        commands = " && ".join(f"python -m {experiments[0]}.{stage} {overrides}" for stage in ("train", "evaluate"))
+        commands = ", or: ".join(_commands(experiment, scale or "smoke") for experiment in experiments)
         raise UserError(f"no runs of {what} under {runs_dir}; make the first with: {commands}")
     text = "\n".join(["# Report\n", *sections])
     path = out / "report.md"
     write_atomic(path, text)
     return path, text
+
+
+def _commands(experiment: str, scale: str) -> str:
+    """The command line that makes a first run of an experiment."""
+    run = f"scale={scale} method=moslora seed=1"
+    stages = {"prepare_data": f"scale={scale}", "train": run, "evaluate": run}
+    return " && ".join(f"python -m {experiment}.{stage} {arguments}" for stage, arguments in stages.items())
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    """Writes ``path`` through a temporary sibling and a rename."""
+    if isinstance(content, str):
+        return write_atomic(path, content)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def _only_left_out(experiment: str, scale: str, left_out: Sequence[LeftOut]) -> str:
@@ -73,11 +115,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m analysis.report", description="Write the tables of the runs.", allow_abbrev=False)
+    parser = _Parser(prog="python -m analysis.report", description="Write the tables and figures.", allow_abbrev=False)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run records (default: runs)")
     parser.add_argument("--out", type=Path, default=Path("reports"), help="folder to write to (default: reports)")
     parser.add_argument("--experiment", choices=tuple(TABLES), help="only this experiment")
     parser.add_argument("--scale", help="only this scale, such as smoke")
+    parser.add_argument("--no-figures", action="store_true", help="tables only")
+    parser.add_argument(
+        "--normalised",
+        action="store_true",
+        help="divide every axis of Figure 5 by its largest mean (default: percent)",
+    )
     return parser.parse_args(argv)
 
 
@@ -85,7 +133,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _arguments(argv)
         experiments = (arguments.experiment,) if arguments.experiment else tuple(TABLES)
-        path, text = write_report(arguments.runs, arguments.out, experiments, arguments.scale)
+        path, text = write_report(
+            *(arguments.runs, arguments.out, experiments, arguments.scale),
+            figures=not arguments.no_figures,
+            normalised=arguments.normalised,
+        )
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

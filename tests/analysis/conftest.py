@@ -12,7 +12,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Runs:
-    """A folder of runs. ``add`` writes one finished run; ``accuracies`` maps tasks, or gives all of them one value."""
+    """A folder of runs. ``add`` writes one finished run; ``accuracies`` maps tasks, or gives all of them one value.
+
+    ``breakdown`` maps tasks to values of their parts.
+    """
 
     tasks = ("ARC-Easy", "openbookqa", "social_i_qa", "ARC-Challenge", "winogrande", "piqa", "boolq", "hellaswag")
     titles = ("ARC-e", "OBQA", "SIQA", "ARC-c", "WinoG", "PIQA", "BoolQ", "HellaS")
@@ -40,6 +43,7 @@ class Runs:
         parameters: int = 12_288,
         memory: tuple[int, str] = (2**29, "rss"),
         commit: str | None = COMMIT,
+        breakdown: dict[str, dict[str, float]] | None = None,
     ) -> RunRecord:
         record = RunRecord.locate(self.root, experiment, scale, method, label, seed)
         if not isinstance(accuracies, dict):
@@ -49,6 +53,8 @@ class Runs:
             task: TaskResult(metric, value, count[task], stderr=0.01, unparsed=unparsed)
             for task, value in accuracies.items()
         }
+        for task, parts in (breakdown or {}).items():
+            tasks[task].breakdown = {part: TaskResult(metric, value, 10) for part, value in parts.items()}
         if training == "default":
             training = Training(seconds, 50, *memory, parameters, 1_000_000, final_loss=1.0)
         protocols = (protocol,) if isinstance(protocol, str) else protocol
@@ -58,6 +64,33 @@ class Runs:
             write_json(record.path / "environment.json", {"train": {"git_commit": commit}})
         record.set_status("finished", "evaluate")
         return record
+
+
+class VisualRuns(Runs):
+    """Runs of visual instruction tuning, at the smoke scale unless told otherwise."""
+
+    tasks = tuple(f"smoke_{kind}" for kind in ("colour", "shape", "count", "existence", "position", "background"))
+    titles = ("Colour", "Shape", "Count", "Existence", "Position", "Background")
+
+    def add(
+        self,
+        method: str = "moslora",
+        seed: int | str = 1,
+        label: str = "default",
+        *,
+        base: str = "smoke",
+        quantization: str = "none",
+        settings: dict | None = None,
+        **given,
+    ) -> RunRecord:
+        given = {"protocol": "exact", "experiment": "visual_instruction", **given}
+        settings = {"base": base, "quantization": quantization, **(settings or {})}
+        return super().add(method, seed, label, settings=settings, **given)
+
+
+@pytest.fixture
+def visual(tmp_path: Path) -> VisualRuns:
+    return VisualRuns(tmp_path / "runs")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -32,9 +33,57 @@ def test_writes_and_prints_every_table(runs, tmp_path, capsys):
     assert capsys.readouterr().out == f"{report}\nreport: {out / 'report.md'}\n"
 
 
-def test_same_runs_same_bytes(runs, tmp_path):
+def test_writes_the_table_and_the_figure_of_visual_instruction(visual, tmp_path):
+    visual.add("lora", accuracies=0.5)
+    assert call(visual, tmp_path) == 0
+    base = "visual_instruction/smoke/exact"
+    written = {name for name in contents(tmp_path) if name.startswith("visual_instruction")}
+    tables = {f"{base}/table5.{suffix}" for suffix in ("md", "csv", "tex")}
+    assert written == tables | {f"{base}/figure5-smoke.{suffix}" for suffix in ("md", "csv", "pdf", "svg", "png")}
+    report = (tmp_path / "report.md").read_text("utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", report)
+    assert set(links) == written and "![Figure 5" in report
+    page = tmp_path / f"{base}/figure5-smoke.md"
+    (picture,) = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text("utf-8"))
+    assert (page.parent / picture).exists()
+    assert call(visual, tmp_path / "tables", "--no-figures") == 0
+    assert {name for name in contents(tmp_path / "tables") if "/" in name} == tables
+
+
+def test_both_experiments_stand_in_one_report(runs, visual, tmp_path):
+    runs.add("lora")
+    visual.add("lora")
+    assert call(runs, tmp_path / "out") == 0
+    report = (tmp_path / "out" / "report.md").read_text("utf-8")
+    order = [
+        report.index(f"## {title}: scale smoke") for title in ("Commonsense reasoning", "Visual instruction tuning")
+    ]
+    assert order == sorted(order)
+
+
+def test_matplotlib_is_loaded_for_a_figure_alone(runs, visual, tmp_path):
+    runs.add("lora")
+    visual.root = tmp_path / "visual"
+    visual.add("lora")
+    code = """
+import sys
+from analysis.report import main
+runs, visual, out = sys.argv[1:]
+assert main(["--runs", runs, "--out", out]) == 0
+assert main(["--runs", visual, "--out", out, "--no-figures"]) == 0
+assert "matplotlib" not in sys.modules
+assert main(["--runs", visual, "--out", out]) == 0
+assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
+"""
+    command = [sys.executable, "-c", code, str(runs.root), str(visual.root), str(tmp_path / "out")]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
+def test_same_runs_same_bytes(runs, visual, tmp_path):
     for seed in (3, 1, 2):
         runs.add("moslora", seed, accuracies=0.1 * seed, settings={"b": seed, "a": 1}, commit=f"{seed:040x}")
+        visual.add("moslora", seed, accuracies=0.1 * seed)
     runs.add("dora").set_status("failed", "train")
     assert call(runs, tmp_path / "one") == 0
     command = [sys.executable, "-m", "analysis.report", "--runs", str(runs.root), "--out", str(tmp_path / "two")]
@@ -77,11 +126,16 @@ def failure(capsys):
 
 def test_no_runs_is_one_line_with_the_command_that_makes_them(runs, tmp_path, capsys):
     assert call(runs, tmp_path / "out") == 2
-    assert f"no runs of commonsense_reasoning under {runs.root}" in (text := failure(capsys))
-    assert "python -m commonsense_reasoning.train scale=smoke method=moslora seed=1" in text
+    assert f"no runs of commonsense_reasoning or visual_instruction under {runs.root}" in (text := failure(capsys))
+    for experiment in ("commonsense_reasoning", "visual_instruction"):
+        run = "scale=smoke method=moslora seed=1"
+        commands = [f"prepare_data scale=smoke && python -m {experiment}.train {run}", f"evaluate {run}"]
+        assert " && ".join(f"python -m {experiment}.{command}" for command in commands) in text
     runs.root.mkdir()
     assert call(runs, tmp_path / "out", "--scale", "small") == 2
     assert "at scale small" in (text := failure(capsys)) and "scale=small method" in text
+    assert call(runs, tmp_path / "out", "--experiment", "visual_instruction") == 2
+    assert "no runs of visual_instruction under" in (text := failure(capsys)) and "commonsense" not in text
     assert not (tmp_path / "out").exists()
 
 
