@@ -240,9 +240,15 @@ def training_arguments(
         **_precision(training.precision),
     }
     try:
-        return TrainingArguments(**settings | further)
+        arguments = TrainingArguments(**settings | further)
     except (ValueError, ImportError) as error:
         raise UserError(f"training: {str(error).strip().splitlines()[0]}") from None
+    if arguments.deepspeed and world_size() > 1:
+        # ZeRO-3 splits a model as it is loaded, and has to know by then among how many processes.
+        import deepspeed
+
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
+    return arguments
 
 
 # ---------------------------------------------------------------------------------------------------------- callbacks

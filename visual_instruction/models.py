@@ -29,8 +29,8 @@ from .config import ModelConfig, TowerConfig, TowersConfig
 
 PROJECTOR = "multi_modal_projector"
 VISION_TOWER = "vision_tower"
-# What QLoRA leaves as it is: the published configuration quantises the language model alone.
-_NOT_QUANTIZED = [VISION_TOWER, PROJECTOR, "lm_head"]
+# What QLoRA leaves as it is, by the beginning of its name: the published configuration quantises the LLM alone.
+_NOT_QUANTIZED = [f"model.{VISION_TOWER}", f"model.{PROJECTOR}", "lm_head"]
 
 
 def _name(config: ModelConfig) -> str:
@@ -81,6 +81,7 @@ def load_processor(config: ModelConfig) -> LlavaProcessor:
     Raises:
         UserError: a folder without a processor, a tokenizer without an end or that does not know the template's marks.
     """
+    architecture(config)  # a path without a model is found at once; a processor is looked for under many names
     processor = loading(
         lambda: AutoProcessor.from_pretrained(base_path(config), revision=config.revision), _name(config)
     )

@@ -95,8 +95,6 @@ def prepare(config: Config, record: RunRecord) -> Prepared:
     check_devices(config.training)
     accumulation(config.training)
     check_prepared(config.data)
-    # Before anything is drawn: the adapters' start, the order of the items and dropout all follow from the seed.
-    set_seed(config.seed)
     processor, template = load_processor(config.model), template_of(config.model)
     train_set = load_training(config.data, processor.tokenizer, processor, template, config.data.over_long)
     steps = total_steps(config.training, len(train_set))
@@ -123,6 +121,9 @@ def prepare(config: Config, record: RunRecord) -> Prepared:
         )
     elif checkpointing:
         model.enable_input_require_grads()
+    # The adapters' start, the order of the items and dropout all follow from the seed, however the base was loaded:
+    # ZeRO-3 draws numbers of its own there.
+    set_seed(config.seed)
     model = attach(model, config.method, method_config)
     collator = Collator(processor.tokenizer.pad_token_id)
     return Prepared(model, train_set, None, collator, arguments, LlavaTrainer)
