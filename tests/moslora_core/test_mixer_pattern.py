@@ -229,10 +229,11 @@ def test_merging_disabling_and_unloading(settings):
     assert torch.equal(model.unload()(x), plain)
 
 
+@pytest.mark.parametrize("first", ["all_but_vision", "only_llm"])
 @pytest.mark.parametrize("combination", ["cat", "linear", "svd"])
-def test_combinations_are_those_of_the_folded_adapters(combination):
+def test_combinations_are_those_of_the_folded_adapters(combination, first):
     """Two adapters with mixers in opposite towers, and their plain twins."""
-    model = towers(**SETTINGS["all_but_vision"])
+    model = towers(**SETTINGS[first])
     model.add_adapter("other", config(mixer_pattern={r"llm\..*": "identity"}))
     scramble(model)
     twin = None
@@ -255,7 +256,7 @@ def test_combinations_are_those_of_the_folded_adapters(combination):
     assert torch.allclose(*found, atol=1e-4)
     assert not torch.allclose(found[0], base()(x), atol=1e-2)
     assert not model.peft_config["sum"].has_mixer
-    assert model.peft_config["default"].mixer_pattern == SETTINGS["all_but_vision"]["mixer_pattern"]
+    assert model.peft_config["default"].mixer_pattern == SETTINGS[first]["mixer_pattern"]
 
 
 def test_adapters_with_other_patterns_share_a_model():
