@@ -1,0 +1,255 @@
+"""Evaluates a trained run: ``python -m visual_instruction.evaluate scale=smoke method=moslora seed=1``.
+
+Takes the arguments that the run was trained with, and ``evaluation.*``. Questions are asked in the words of
+VLMEvalKit's wrapper of XTuner's models, answers are generated greedily and scored by VLMEvalKit's rules for evaluation
+without a judge. The evaluation is named ``exact``, or ``exact-validation`` on the validation files
+(``evaluation.split=validation``), so that the two never meet in a table column.
+
+Benchmarks that only a judge can score (MM-Vet, MathVista) are answered and handed over: their responses are written
+to ``responses/<evaluation>/<benchmark>.tsv`` of the run, in the layout of VLMEvalKit's prediction files. Their scores
+come back through ``visual_instruction.import_results``.
+
+``method=base`` evaluates the untrained model. A stopped evaluation goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from moslora_core import launch
+from moslora_core.errors import UserError
+from moslora_core.evaluations import STAGE, fingerprint, finished_items, is_done, resume, trained_adapter
+from moslora_core.record import Evaluation, Prediction, RunRecord, TaskResult, append_jsonl, write_atomic
+
+from .benchmarks.registry import BENCHMARKS, FREE_FORM_TOKENS, JUDGED
+from .benchmarks.scoring import Answer, answer, gold, task_result
+from .benchmarks.tsv import Item, digest, first_questions, read_tsv
+from .config import CONF_MODULE, EXPERIMENT, NOT_IN_LABEL, Config, locate
+from .data import PREPARE
+from .generation import Responder
+from .models import load_adapted, load_processor, template_of
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("benchmarks", "validation")
+
+
+# --------------------------------------------------------------------------------------------------------------- plan
+
+
+def evaluation_name(config: Config) -> str:
+    """Name of the evaluation in the run record; what may share a column of a table."""
+    return "exact" if config.evaluation.split == "benchmarks" else f"exact-{config.evaluation.split}"
+
+
+def check(config: Config) -> list[str]:
+    """Checks ``config.evaluation`` and returns the benchmarks to evaluate, in the order of the paper's table.
+
+    Raises:
+        UserError: a value that is out of range or unknown.
+    """
+    evaluation = config.evaluation
+    if evaluation.split not in SPLITS:
+        raise UserError(f"evaluation.split must be one of {', '.join(SPLITS)}, found {evaluation.split!r}")
+    positive = {
+        "evaluation.batch_size": evaluation.batch_size,
+        "evaluation.chunk": evaluation.chunk,
+        "evaluation.limit": 1 if evaluation.limit is None else evaluation.limit,
+        "evaluation.max_new_tokens": evaluation.max_new_tokens,
+    }
+    for key, value in positive.items():
+        if value < 1:
+            raise UserError(f"{key} must be positive, found {value}")
+    known = [name for name in BENCHMARKS if name in config.data.benchmarks]
+    if unknown := [name for name in config.data.benchmarks if name not in BENCHMARKS]:
+        raise UserError(f"data.benchmarks: unknown benchmark {unknown[0]!r}; expected some of {', '.join(BENCHMARKS)}")
+    asked = known if evaluation.benchmarks is None else evaluation.benchmarks
+    for name in asked:
+        if name not in known:
+            raise UserError(
+                f"evaluation.benchmarks: unknown benchmark {name!r}; data.benchmarks has {', '.join(known)}"
+            )
+    if not asked:
+        raise UserError(f"evaluation.benchmarks names no benchmark; data.benchmarks has {', '.join(known) or 'none'}")
+    return [name for name in known if name in asked]
+
+
+def is_base(config: Config) -> bool:
+    """Whether the model is evaluated as it is, without an adapter."""
+    return config.method.tuner == "none"
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """What the numbers of an evaluation depend on, beside the adapter and the items."""
+    evaluation, model = config.evaluation, config.model
+    return {
+        "split": evaluation.split,
+        "limit": evaluation.limit,
+        "batch_size": evaluation.batch_size,
+        "max_new_tokens": evaluation.max_new_tokens,
+        "base": model.name,
+        "model": model.path or [model.llm, model.llm_gguf_file, model.vision, model.projector],
+        "revision": model.revision,
+        "dtype": model.dtype,
+        "quantization": model.quantization,
+        "template": model.template,
+        "square_padding": config.data.square_padding,
+        "transformers": metadata.version("transformers"),
+        "peft": metadata.version("peft"),
+    }
+
+
+def tsv_path(config: Config, name: str) -> Path:
+    return Path(config.data.dir) / config.evaluation.split / f"{name}.tsv"
+
+
+def read_items(config: Config, name: str) -> list[Item]:
+    """The items of a benchmark that are to be answered.
+
+    Raises:
+        UserError: it is not prepared, or its file is faulty.
+    """
+    path = tsv_path(config, name)
+    if not path.is_file():
+        raise UserError(
+            f"no benchmark file {path}; run python -m {PREPARE} with the same scale and data settings first"
+        )
+    return first_questions(read_tsv(path, BENCHMARKS[name]), config.evaluation.limit)
+
+
+# -------------------------------------------------------------------------------------------------------------- score
+
+
+def _prediction(evaluation: str, name: str, item: Item, response: str) -> Prediction:
+    found = answer(item, response)
+    return Prediction(evaluation, name, item.id, gold(item), found.prediction, found.correct, response)
+
+
+def evaluate(
+    config: Config, record: RunRecord, items: Mapping[str, Sequence[Item]]
+) -> tuple[Evaluation, list[Prediction]]:
+    """Answers the benchmarks, chunk by chunk into the record's partial file, and scores those that need no judge.
+
+    Args:
+        items: by benchmark.
+
+    Raises:
+        UserError: an image that cannot be read, an adapter that does not load.
+    """
+    name = evaluation_name(config)
+    used = settings(config)
+    adapter = trained_adapter(record, config, EXPERIMENT)
+    partial = record.partial_predictions_path(name)
+    digests = {task: digest(tsv_path(config, task), found) for task, found in items.items()}
+    chunks = resume(partial, fingerprint(adapter, used, digests))
+
+    @functools.cache
+    def responder() -> Responder:  # a resumed evaluation may have nothing left to answer
+        processor = load_processor(config.model)  # first: it is small, and checks the template
+        template = template_of(config.model)
+        return Responder(load_adapted(config.model, adapter), processor, template, config.data.square_padding)
+
+    by_task: dict[str, list[Prediction]] = {}
+    for task in items:
+        limit = config.evaluation.max_new_tokens
+        if BENCHMARKS[task].kind == JUDGED:
+            limit = max(limit, FREE_FORM_TOKENS)
+        done = finished_items(chunks, task)
+        pending = [index for index in range(len(items[task])) if index not in done]
+        if done:
+            logger.info("%s: %d of %d items were answered before", task, len(done), len(items[task]))
+        for start in range(0, len(pending), config.evaluation.chunk):
+            indices = pending[start : start + config.evaluation.chunk]
+            asked = [items[task][index] for index in indices]
+            model = responder()
+            begun = time.monotonic()
+            responses = model.respond(asked, config.evaluation.batch_size, limit)
+            seconds = round(time.monotonic() - begun, 3)
+            found = [_prediction(name, task, item, said) for item, said in zip(asked, responses, strict=True)]
+            chunk = {"task": task, "items": indices, "seconds": seconds, "predictions": [asdict(p) for p in found]}
+            append_jsonl(partial, [chunk])
+            chunks.append(chunk)
+            done |= dict(zip(indices, found, strict=True))
+            if len(done) < len(items[task]):
+                logger.info("%s: %d of %d items, %.1f s", task, len(done), len(items[task]), seconds)
+        by_task[task] = [done[index] for index in range(len(items[task]))]
+
+    results: dict[str, TaskResult] = {}
+    for task, found in by_task.items():
+        if BENCHMARKS[task].kind == JUDGED:
+            path = responses_path(record, name, task)
+            write_responses(path, items[task], [prediction.response for prediction in found])
+            logger.info("%s: not scored here; %d responses for a judge in %s", task, len(found), path)
+            continue
+        answers = [answer(item, prediction.response) for item, prediction in zip(items[task], found, strict=True)]
+        results[task] = _scored(task, items[task], answers)
+    seconds = round(sum(chunk["seconds"] for chunk in chunks), 3)
+    return Evaluation(name, results, seconds, used), [p for task in results for p in by_task[task]]
+
+
+def _scored(name: str, items: Sequence[Item], answers: Sequence[Answer]) -> TaskResult:
+    result = task_result(BENCHMARKS[name], items, answers)
+    unparsed = "" if result.unparsed is None else f", {result.unparsed:.1%} without an answer"
+    logger.info("%s: %s %.1f%% of %d%s", name, result.metric, 100 * result.value, result.n, unparsed)
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------- handed over
+
+
+def responses_path(record: RunRecord, evaluation: str, name: str) -> Path:
+    """Where the responses to a benchmark that is judged elsewhere are written."""
+    return record.path / "responses" / evaluation / f"{name}.tsv"
+
+
+def write_responses(path: Path, items: Sequence[Item], responses: Sequence[str]) -> None:
+    """Writes VLMEvalKit's prediction file: the columns of the benchmark without the images, and ``prediction``.
+
+    As ``<model>_<data set>.tsv`` in VLMEvalKit's folder of results (with ``PRED_FORMAT=tsv``) it is judged there.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*items[0].columns, "prediction"], delimiter="\t", lineterminator="\n")
+    writer.writeheader()
+    for item, response in zip(items, responses, strict=True):
+        writer.writerow(item.columns | {"prediction": response})
+    write_atomic(path, text.getvalue())
+
+
+# ------------------------------------------------------------------------------------------------------------ command
+
+
+def main(config: Config) -> None:
+    names = check(config)
+    name = evaluation_name(config)
+    record = locate(config)
+    if config.dry_run:
+        logger.info("would evaluate %s on %s: %s", record.path, ", ".join(names), settings(config))
+        return
+    if is_done(record, name, config.on_finished):
+        return
+    trained_adapter(record, config, EXPERIMENT)
+    template_of(config.model)
+    items = {task: read_items(config, task) for task in names}
+    with record.stage(STAGE):
+        if is_base(config) and not record.config_path.exists():
+            write_atomic(record.config_path, launch.dump(config))
+        evaluation, predictions = evaluate(config, record, items)
+        if evaluation.tasks:
+            record.add_evaluation(name, evaluation, predictions)
+    if evaluation.tasks:
+        logger.info(
+            "%s: mean %.1f%% over %d benchmarks: %s", name, 100 * evaluation.mean, len(evaluation.tasks), record.path
+        )
+
+
+if __name__ == "__main__":
+    launch.run(main, Config, CONF_MODULE, not_in_label=NOT_IN_LABEL)
