@@ -93,6 +93,8 @@ def build(
     """
     figures = []
     for scale, protocol, group in by_scale_and_protocol(runs):
+        if protocol.endswith("-validation"):  # for choosing settings, not for results
+            continue
         by_setting: dict[Setting, list[Run]] = {}
         for run in group:
             by_setting.setdefault(setting_of(protocol)(run), []).append(run)
@@ -264,10 +266,11 @@ def _caption(charts: Sequence[_Chart], drawn: Sequence[int], radial: Scale, norm
             "is not known."
         )
     else:
-        scale = f"Accuracy in percent, the same scale on every axis, {ends}."
+        scale = f"In percent, the same scale on every axis, {ends}."
     lines = [f"Axes: {axes}.", scale]
     lines.append(
-        "Lines are means over the seeds, bands ± one sample standard deviation, cut at the ends of the scale."
+        "Lines are means over the seeds, bands ± one sample standard deviation, cut at the ends of the scale; a dashed "
+        "line is one seed."
     )
     rows = charts[0].rows
     hidden = [row.name for number, row in enumerate(rows) if number not in drawn]

@@ -21,6 +21,7 @@ from .task_table import (
     facts,
     grid,
     memory_kinds,
+    metric_fact,
     row_notes,
     run_notes,
     with_tasks,
@@ -49,7 +50,7 @@ def _document(
         measured=Block(
             title=f"Commonsense reasoning: scale {scale}, evaluation protocol {protocol}",
             grid=grid(rows, columns),
-            facts=facts(runs, rows, protocol, columns),
+            facts=[metric_fact(runs, protocol, columns), *facts(runs, rows, protocol, columns)],
             notes=[*row_notes(rows, columns), *run_notes(runs, protocol, columns)],
         ),
         left_out=[f"{entry.path}: {entry.reason}" for entry in left_out],

@@ -26,6 +26,7 @@ from .task_table import (
     csv_lines,
     differing_note,
     differing_settings,
+    distinct,
     document,
     either,
     facts,
@@ -42,6 +43,8 @@ from .visual import NO_BASE, benchmarks, named_rows, setting_of, task_titles
 # A record's values are shares of what can be had; MME's parts are read in points.
 PARTS = ("circular", "perception", "cognition")
 POINTS = {("mme", "perception"): 2000, ("mme", "cognition"): 800}
+# Settings that rows are named by, and those that name the run's own files.
+NO_CONDITIONS = ("base", "quantization", "sources", "model_name")
 
 
 def build(runs: Sequence[Run], left_out: Sequence[LeftOut], numbers: PaperNumbers) -> list[Document]:
@@ -67,7 +70,11 @@ def _document(
         measured=Block(
             title=f"Visual instruction tuning: scale {scale}, evaluation protocol {protocol}",
             grid=_with_base(grid(rows, columns), rows),
-            facts=[*facts(runs, rows, protocol, columns), *_setting_facts(rows)],
+            facts=[
+                _metrics_fact(runs, protocol, columns),
+                *facts(runs, rows, protocol, columns),
+                *_setting_facts(rows),
+            ],
             notes=[
                 *_absent_notes(columns),
                 *row_notes(rows, columns),
@@ -155,6 +162,14 @@ def _parts_block(rows: Sequence[Row], parts: Sequence[str], columns: Columns) ->
 # -------------------------------------------------------------------------------------------- what the rows stand on
 
 
+def _metrics_fact(runs: Sequence[Run], protocol: str, columns: Columns) -> str:
+    by_metric: dict[str, list[str]] = {}
+    for task, metrics in distinct(runs, protocol, columns.tasks, lambda result: result.metric).items():
+        by_metric.setdefault(either(metrics), []).append(columns.titles[task])
+    named = "; ".join(f"{metric} ({', '.join(titles)})" for metric, titles in by_metric.items())
+    return f"Metrics, in percent: {named or 'none'}."
+
+
 def _setting_facts(rows: Sequence[Row]) -> list[str]:
     lines = [f"Base models: {', '.join(sorted({row.setting.base for row in rows})) or 'none'}."]
     if quantized := sorted({row.setting.quantization for row in rows} - {"none"}):
@@ -187,5 +202,5 @@ def _settings_notes(runs: Sequence[Run], protocol: str) -> list[str]:
     return [
         differing_note(key, values) if key in within else f"By setting, the evaluation's {key} is {either(values)}."
         for key, values in differing_settings(runs, protocol).items()
-        if key not in ("base", "quantization")
+        if key not in NO_CONDITIONS
     ]

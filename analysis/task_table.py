@@ -180,17 +180,20 @@ def csv_line(row: Row, column: str, unit: str, summary: Summary, factor: float) 
 
 def facts(runs: Sequence[Run], rows: Sequence[Row], protocol: str, columns: Columns) -> list[str]:
     """What a reader must know to read the numbers: over how much they were taken, and by which code."""
-    items = _distinct(runs, protocol, columns.tasks, lambda result: result.n)
-    metrics = _distinct(runs, protocol, columns.tasks, lambda result: result.metric)
+    items = distinct(runs, protocol, columns.tasks, lambda result: result.n)
     memory = [MEMORY_KINDS.get(kind, kind) for kind in columns.memory]
     return [
-        f"Metric: {either(sorted({metric for found in metrics.values() for metric in found}))}, in percent.",
         f"Seeds per row (n): {either(sorted({len(row.seeds) for row in rows}))}. "
         "Cells are the mean ± the sample standard deviation over the seeds.",
         "Items per task: " + (", ".join(f"{columns.titles[t]} {either(n)}" for t, n in items.items()) or "none") + ".",
         f"Peak memory: {', '.join(memory) or 'not measured'}.",
         commits_fact(runs),
     ]
+
+
+def metric_fact(runs: Sequence[Run], protocol: str, columns: Columns) -> str:
+    metrics = distinct(runs, protocol, columns.tasks, lambda result: result.metric)
+    return f"Metric: {either(sorted({metric for found in metrics.values() for metric in found}))}, in percent."
 
 
 def commits_fact(runs: Sequence[Run]) -> str:
@@ -235,7 +238,7 @@ def run_notes(
         if absent := [columns.titles[t] for t in columns.tasks if t not in run.evaluations[protocol].tasks]:
             notes.append(f"{run.path} lacks {', '.join(absent)}.")
     for what, of in (("metrics", lambda result: result.metric), ("numbers of items", lambda result: result.n)):
-        found = _distinct(runs, protocol, columns.tasks, of)
+        found = distinct(runs, protocol, columns.tasks, of)
         if differing := [columns.titles[task] for task, values in found.items() if len(values) > 1]:
             notes.append(f"Warning: the runs have different {what} in {', '.join(differing)}.")
     if settings_notes is None:
@@ -261,7 +264,7 @@ def differing_settings(runs: Iterable[Run], protocol: str) -> dict[str, list[str
     return found
 
 
-def _distinct(
+def distinct(
     runs: Sequence[Run], protocol: str, tasks: Iterable[str], of: Callable[[TaskResult], object]
 ) -> dict[str, list]:
     """Task -> the distinct values of ``of(result)`` over the runs, for the tasks that any run has."""

@@ -95,7 +95,7 @@ def test_normalised_axes_are_shares_of_their_largest_mean(visual):
     assert lines.groupby("axis")["plotted"].max().to_numpy() == pytest.approx(1.0)
     assert set(lines.normalisation) == {"axis / its largest mean"}
     assert "Normalised: every axis is divided by the largest mean" in figure.markdown
-    assert "Accuracy in percent, the same scale on every axis" in figure_of(visual).markdown
+    assert "In percent, the same scale on every axis, from" in figure_of(visual).markdown
 
 
 def test_an_axis_that_is_zero_for_all_cannot_be_normalised(visual):
@@ -145,6 +145,11 @@ def test_every_setting_and_protocol_has_a_figure_of_its_own(visual):
     values = {name: set(csv_of(figure).value) for name, figure in found.items()}
     assert list(values.values()) == [{40.0}, {20.0}, {30.0}, {50.0}]
     assert "base model smoke, NF4" in found["smoke/exact/figure5-smoke-nf4"].markdown.splitlines()[0]
+
+
+def test_validation_has_a_table_but_no_figure(visual):
+    visual.add("lora", protocol=("exact", "exact-validation"))
+    assert list(figures(visual)) == ["smoke/exact/figure5-smoke"]
 
 
 def test_a_bad_record_enters_no_number(visual):
@@ -340,7 +345,9 @@ def test_png_is_at_publication_size(visual):
 
 def test_another_process_with_other_settings_writes_the_same_bytes(visual, tmp_path):
     add_seeds(visual, "lora", np.random.default_rng(3).random((3, 6)))
-    (tmp_path / "matplotlibrc").write_text("font.size: 20\nsvg.fonttype: none\npdf.fonttype: 3\nsavefig.dpi: 50\n")
+    (tmp_path / "matplotlibrc").write_text(
+        "font.size: 20\ntext.color: red\nsvg.fonttype: none\npdf.fonttype: 3\nsavefig.dpi: 50\n"
+    )
     code = """
 import sys
 from pathlib import Path

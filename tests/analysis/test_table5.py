@@ -254,6 +254,27 @@ def test_settings_that_follow_the_base_model_are_no_warning(visual):
     assert text.count("Warning") == 1
 
 
+def test_settings_that_name_files_of_a_run_are_no_warning(visual):
+    for seed in (1, 2):
+        found = {
+            "sources": {"mme": f"run{seed}_MME_score.csv"},
+            "model_name": f"run{seed}",
+            "judge_date": f"day {seed}",
+        }
+        visual.add("lora", seed, protocol="vlmevalkit", settings=found)
+    text = page_of(visual, "smoke/vlmevalkit").markdown
+    assert re.findall(r"evaluation setting (\w+)", text) == ["judge_date"]
+
+
+def test_metrics_are_stated_by_task(visual):
+    record = visual.add("lora")
+    results = record.results()
+    results.evaluations["exact"].tasks["smoke_existence"].metric = "share_of_points"
+    record.write_results(results)
+    metrics = "accuracy (Colour, Shape, Count, Position, Background); share_of_points (Existence)"
+    assert f"- Metrics, in percent: {metrics}.\n" in page_of(visual).markdown
+
+
 def test_a_run_that_does_not_record_its_base_is_warned_of(visual):
     visual.add("lora", 1, base=None, quantization=None)
     page = page_of(visual)
