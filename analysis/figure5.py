@@ -88,6 +88,7 @@ def build(
     """A figure per scale, evaluation protocol and setting, in a stable order.
 
     Args:
+        left_out: not used; the table names the runs that are left out.
         normalised: divide every axis by its largest mean, as the paper's figure is normalised; otherwise all axes
             have the same scale, in percent.
     """
@@ -269,8 +270,8 @@ def _caption(charts: Sequence[_Chart], drawn: Sequence[int], radial: Scale, norm
         scale = f"In percent, the same scale on every axis, {ends}."
     lines = [f"Axes: {axes}.", scale]
     lines.append(
-        "Lines are means over the seeds, bands ± one sample standard deviation, cut at the ends of the scale; a dashed "
-        "line is one seed."
+        "Lines are means over the seeds, dashed where there is one seed. Bands are ± one sample standard deviation, cut "
+        "at the ends of the scale."
     )
     rows = charts[0].rows
     hidden = [row.name for number, row in enumerate(rows) if number not in drawn]
