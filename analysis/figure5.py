@@ -268,11 +268,12 @@ def _caption(charts: Sequence[_Chart], drawn: Sequence[int], radial: Scale, norm
         )
     else:
         scale = f"In percent, the same scale on every axis, {ends}."
-    lines = [f"Axes: {axes}.", scale]
-    lines.append(
-        "Lines are means over the seeds, dashed where there is one seed. Bands are ± one sample standard deviation, cut "
-        "at the ends of the scale."
-    )
+    lines = [
+        f"Axes: {axes}.",
+        scale,
+        "Lines are means over the seeds, dashed where there is one seed. Bands are ± one sample standard deviation, "
+        "cut at the ends of the scale.",
+    ]
     rows = charts[0].rows
     hidden = [row.name for number, row in enumerate(rows) if number not in drawn]
     if hidden:
