@@ -111,9 +111,9 @@ def _figure(
     drawn = _drawn(charts)
     points = [_points(chart, drawn, normalised) for chart in charts]
     radial = _scale(points, normalised)
-    quantized = "" if setting.quantization == "none" else f"-{setting.quantization}"
+    quantized = [] if setting.quantization == "none" else [setting.quantization]
     title = f"Figure 5, abilities: scale {scale}, evaluation protocol {protocol}, base model {setting.base}"
-    title += quantized.replace("-", ", ").upper()
+    title = ", ".join([title, *(name.upper() for name in quantized)])
     enough = bool(drawn) and all(len(chart.axes) >= 3 for chart in charts)
     caption = _caption(charts, drawn, radial, normalised) if enough else [_nothing(charts, drawn)]
     lines = [
@@ -123,7 +123,7 @@ def _figure(
     ]
     return Figure(
         folder=f"{scale}/{protocol}",
-        name=f"figure5-{override_label([setting.base])}{quantized}",
+        name="-".join(["figure5", *(override_label([name]) for name in (setting.base, *quantized))]),
         title=title,
         markdown=_markdown(title, [*caption, commits_fact(runs)], charts, numbers),
         csv=csv_text(CSV_FIELDS, lines),
