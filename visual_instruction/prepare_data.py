@@ -29,6 +29,7 @@ from moslora_core import launch
 from moslora_core.errors import UserError
 from moslora_core.prepared import new_folder, sha256, write_manifest
 
+from . import smoke_world
 from .benchmarks.registry import BENCHMARKS, Benchmark
 from .benchmarks.tsv import REFERENCE_LENGTH, first_questions, load_image, read_tsv
 from .benchmarks.tsv import Item as Question
@@ -132,8 +133,6 @@ def _check_benchmark(benchmark: Benchmark, path: Path, data: DataConfig) -> dict
 
 def _generate(folder: Path, data: DataConfig) -> tuple[Path, dict[str, str]]:
     """Generates the smoke world into ``folder``; the root of its images, and the sources."""
-    from . import smoke_world
-
     counts = {name: getattr(data, name) for name in ("train_items", "test_items", "validation_items")}
     if missing := [name for name, count in counts.items() if count is None]:
         raise UserError(f"data.source=smoke needs data.{missing[0]}: the generated world has no end")
