@@ -54,7 +54,11 @@ def test_for_paired_tests_a_share_of_the_people_is_right_from_two_of_ten():
 
 def test_gold_is_what_most_people_said():
     assert gold(choice()) == "A"
-    assert gold(Item("t/0", "short_answer", "?", IMAGE, answers=("go", "stop", "stop"))) == "stop"
+    assert gold(Item("t/0", "short_answer", "?", IMAGE, answers=("go", "Stop!", "stop"))) == "stop"
+    assert (
+        gold(Item("t/0", "short_answer", "?", IMAGE, answers=("two",)))
+        == answer(Item("t/0", "short_answer", "?", IMAGE, answers=("two",)), "Two.").prediction
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ accuracy

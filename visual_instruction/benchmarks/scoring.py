@@ -53,8 +53,9 @@ def answer(item: Item, response: str) -> Answer:
 
 
 def gold(item: Item) -> str:
-    """The right answer in one word: of several people's, the one that most of them gave."""
-    return Counter(item.answers).most_common(1)[0][0]
+    """The right answer as predictions are written: of several people's, the one that most of them gave."""
+    answers = map(normalise, item.answers) if item.kind == SHORT_ANSWER else item.answers
+    return Counter(answers).most_common(1)[0][0]
 
 
 def task_result(benchmark: Benchmark, items: Sequence[Item], answers: Sequence[Answer]) -> TaskResult:
