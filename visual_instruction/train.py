@@ -73,7 +73,8 @@ class LlavaTrainer(Trainer):
         result = super().compute_loss(model, inputs, *args, **kwargs)
         if inputs.get("pixel_values") is not None:
             return result
-        nothing = 0.0 * _look_at_black(self.accelerator.unwrap_model(model)).sum()
+        with self.accelerator.autocast():
+            nothing = 0.0 * _look_at_black(self.accelerator.unwrap_model(model)).sum()
         return (result[0] + nothing, *result[1:]) if isinstance(result, tuple) else result + nothing
 
 
@@ -84,6 +85,16 @@ def _look_at_black(model: nn.Module) -> torch.Tensor:
     weight = llava.get_input_embeddings().weight
     image = torch.zeros(1, 3, size, size, device=weight.device, dtype=llava.model.vision_tower.dtype)
     return torch.cat(llava.get_image_features(pixel_values=image, return_dict=True).pooler_output)
+
+
+def _raise_trained(model: nn.Module) -> None:
+    """Trains the projector in float32, as PEFT does with A, B and mixers: in 16 bits small steps would round to none.
+
+    DeepSpeed's split parameters are left alone: it keeps float32 copies of its own.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype.itemsize == 2 and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.float()
 
 
 def prepare(config: Config, record: RunRecord) -> Prepared:
@@ -125,6 +136,8 @@ def prepare(config: Config, record: RunRecord) -> Prepared:
     # ZeRO-3 draws numbers of its own there.
     set_seed(config.seed)
     model = attach(model, config.method, method_config)
+    if arguments.bf16 or arguments.fp16:
+        _raise_trained(model)
     collator = Collator(processor.tokenizer.pad_token_id)
     return Prepared(model, train_set, None, collator, arguments, LlavaTrainer)
 

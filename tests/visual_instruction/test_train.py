@@ -232,6 +232,19 @@ def test_gradient_checkpointing_changes_nothing(config, tmp_path):
     assert_close(locate(saving), locate(config), STEPS)
 
 
+def test_what_is_trained_on_a_base_of_16_bits_is_kept_in_32(config):
+    config = having(config, model__dtype="bfloat16", training__precision="bf16", training__learning_rate=1e-5)
+    main(config)
+    saved = adapter_of(locate(config))
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    base = load_base(config.model).state_dict()
+    # A step of 1e-5 is far below half a unit in the last place of bfloat16.
+    for key, tensor in saved.items():
+        if PROJECTOR in key:
+            (original,) = [value for name, value in base.items() if name.endswith(key.split(f"{PROJECTOR}.")[1])]
+            assert 0 < (tensor - original.float()).abs().max() < 1e-4
+
+
 # -------------------------------------------------------------------------------------------------------------- qlora
 
 
