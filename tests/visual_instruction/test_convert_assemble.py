@@ -18,7 +18,7 @@ from transformers.models.clip.modeling_clip import CLIPVisionModel
 from moslora_core.errors import UserError
 from visual_instruction.convert import assemble as module
 from visual_instruction.convert.assemble import assemble
-from visual_instruction.convert.checkpoint import Checkpoint, write_weights
+from visual_instruction.convert.checkpoint import ShardWriter, open_checkpoint
 
 from .convert_parts import left_over, renamed, save_clip, save_llm, save_projector, save_tokenizer
 
@@ -38,6 +38,10 @@ def loaded(folder: Path, dtype="auto") -> LlavaForConditionalGeneration:
     model, report = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     return model.eval()
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(open_checkpoint(folder).tensors("tensors"))
 
 
 def ids_of(folder: Path, text: str = TEXT) -> torch.Tensor:
@@ -128,7 +132,7 @@ def test_dtype_is_kept_or_set(tmp_path):
     save_llm(tmp_path / "llm", dtype=torch.bfloat16)
     save_clip(tmp_path / "vision")
     kept = assemble(tmp_path / "llm", tmp_path / "vision", None, tmp_path / "kept")
-    dtypes = {name.split(".")[0]: Checkpoint(kept).read(name).dtype for name in Checkpoint(kept)}
+    dtypes = {name.split(".")[0]: tensor.dtype for name, tensor in tensors_of(kept).items()}
     assert dtypes == {
         "language_model": torch.bfloat16,
         "multi_modal_projector": torch.bfloat16,
@@ -136,14 +140,14 @@ def test_dtype_is_kept_or_set(tmp_path):
     }
     assert loaded(kept).dtype == torch.bfloat16
     cast = assemble(tmp_path / "llm", tmp_path / "vision", None, tmp_path / "cast", dtype=torch.float16)
-    assert {Checkpoint(cast).read(name).dtype for name in Checkpoint(cast)} == {torch.float16}
+    assert {tensor.dtype for tensor in tensors_of(cast).values()} == {torch.float16}
     assert loaded(cast).dtype == torch.float16
 
 
 def test_a_new_projector_follows_its_seed(parts, tmp_path):
     def projector(name: str, seed: int) -> torch.Tensor:
         folder = assemble(parts["llm"], parts["vision"], None, tmp_path / name, seed=seed)
-        return Checkpoint(folder).read("multi_modal_projector.linear_1.weight")
+        return tensors_of(folder)["multi_modal_projector.linear_1.weight"]
 
     before = torch.random.get_rng_state()
     first, again, other = projector("a", 0), projector("b", 0), projector("c", 1)
@@ -177,10 +181,13 @@ def test_shards_hold_what_one_file_holds(tmp_path):
     tensors["part"] = whole[:10]
     for name, limit in (("one", 10**6), ("many", 900)):
         (tmp_path / name).mkdir()
-        write_weights(tmp_path / name, tensors.items(), len(tensors), shard_bytes=limit)
-        checkpoint = Checkpoint(tmp_path / name)
-        assert set(checkpoint) == set(tensors)
-        assert all(torch.equal(checkpoint.read(key), tensor) for key, tensor in tensors.items())
+        writer = ShardWriter(tmp_path / name, shard_bytes=limit)
+        for key, tensor in tensors.items():
+            writer.add(key, tensor)
+        writer.close()
+        found = tensors_of(tmp_path / name)
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
     assert left_over(tmp_path / "one") == ["model.safetensors"]
     files = [file for file in left_over(tmp_path / "many") if file.endswith(".safetensors")]
     assert files == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
@@ -258,21 +265,21 @@ def _heads(parts):
 
 
 BAD = [
-    (_no_config, r"llm: has no config\.json; expected a model folder \(llama\)"),
-    (_not_json, r"llm/config\.json: no JSON"),
-    (_wrong_type, r"config\.json: model_type is 'gpt2'; expected llama"),
+    (_no_config, r"llm: has no config\.json; expected a model's folder \(llama or internlm2\)"),
+    (_not_json, r"llm/config\.json is damaged: expected JSON"),
+    (_wrong_type, r"config\.json: model_type is 'gpt2'; expected llama or internlm2"),
     (_missing_shard, r"model-00001-of-\d+\.safetensors: missing, though model\.safetensors\.index\.json names it"),
     (_cut_shard, r"model-00001-of-\d+\.safetensors: not a complete safetensors file"),
     (_pickle, r"vision: holds pytorch_model\.bin, a pickle, which is not read"),
-    (_other_shape, r"fc1\.(weight|bias) has shape \(48.*\); expected \(40.*\) by config\.json"),
+    (_other_shape, r"fc1\.(weight|bias) has shape \(48.*\); expected \(40.*\)"),
     (_no_tensor, r"vision: has no tensor post_layernorm\.bias"),
-    (_no_tower, r"vision: has 0 tensors named .*patch_embedding\.weight; expected one vision tower"),
-    (_other_tower, r"model_type 'siglip_vision_model'; expected clip_vision_model"),
-    (_other_width, r"linear_1\.weight has shape \(40, 32\); expected \(48, 32\)"),
-    (_no_projector, r"projector: no such folder"),
+    (_no_tower, r"vision: has no tensor embeddings\.patch_embedding\.weight; expected one of shape \(32, 3, 14, 14\)"),
+    (_other_tower, r"vision tower is 'siglip_vision_model'; expected clip_vision_model"),
+    (_other_width, r"projector: leads from 32 to 40; expected from 32 \(.*vision\) to 48 \(.*llm\)"),
+    (_no_projector, r"projector: no such file or folder"),
     (_no_tokenizer, r"llm: "),
-    (_other_size, r"makes images of \(336, 336\); the vision tower takes \(28, 28\)"),
-    (_heads, r"llm/config\.json: .*num_attention_heads|llm/config\.json: .*attention heads"),
+    (_other_size, r"crops to \(336, 336\); its vision tower takes \(28, 28\)"),
+    (_heads, r"llm/config\.json: .*hidden size \(48\) is not a multiple of the number of attention heads \(5\)"),
 ]
 
 

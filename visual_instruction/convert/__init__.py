@@ -1,12 +1,7 @@
-"""Converters: from published checkpoints to the base model folders of this experiment, without remote code.
+"""Converters of checkpoints, without remote code and file to file: no converter builds a model with weights.
 
-    internlm2   InternLM2 -> Llama's layout
-    projector   XTuner's or LLaVA's pretrained projector -> transformers' names
-    llava-hf    a LLaVA of the hub -> base model folder
-    assemble    language model + CLIP vision tower + projector -> base model folder
-
-    python -m visual_instruction.convert COMMAND --help
-
-A base model folder is transformers' layout of ``LlavaForConditionalGeneration`` with its processor. Tensors go from
-file to file one by one, so that memory holds one shard of the output at a time.
+python -m visual_instruction.convert internlm2 SRC DST      InternLM2 -> Llama's layout
+python -m visual_instruction.convert projector SRC DST      XTuner's or LLaVA's projector -> transformers' names
+python -m visual_instruction.convert llava-hf SRC DST       a LLaVA of llava-hf -> base model folder, or its parts
+python -m visual_instruction.convert assemble --llm LLM --vision CLIP [--projector PROJECTOR] DST
 """

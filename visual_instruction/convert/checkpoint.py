@@ -1,212 +1,292 @@
-"""Model folders as files: tensors read by name from safetensors, and written in shards, complete or not at all."""
+"""Checkpoint folders as plain files: tensors are looked up by name, and written shard by shard.
+
+Shapes come from the headers of the safetensors files, so that a whole checkpoint is checked before its first tensor is
+read; tensors are read one at a time, and at most one output shard is held in memory.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from moslora_core.adapter_files import check_output
 from moslora_core.errors import UserError
+from moslora_core.record import read_json
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 4 * 2**30
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_FILE = "pytorch_model.bin"
+PICKLE_ENDINGS = (".bin", ".pt", ".pth")
+SHARD_BYTES = 2 * 1024**3
 
-Shape = tuple[int, ...]
+Config = TypeVar("Config", bound=PretrainedConfig)
+
+# Buffers that older versions of transformers saved; they follow from the configuration.
+_DERIVED = re.compile(r"(?:.+\.)?(?:rotary_emb\.inv_freq|position_ids)")
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
+# ----------------------------------------------------------------------------------------------------------- reading
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: its file, its name there, its shape."""
 
-    Raises:
-        UserError: no such file, or something else in it.
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors of a folder or a file, read when they are asked for.
+
+    Attributes:
+        path: the folder or file, for errors.
+        entries: name of a tensor -> where it lies.
+        loaded: what a pickle holds, which cannot be read tensor by tensor.
     """
+
+    path: Path
+    entries: Mapping[str, Stored]
+    loaded: Mapping[str, torch.Tensor]
+
+    def view(self, rename: Callable[[str], str | None]) -> Checkpoint:
+        """The same tensors under the names that ``rename`` gives, without those for which it gives None."""
+        named = ((rename(name), entry) for name, entry in self.entries.items())
+        return Checkpoint(self.path, {name: entry for name, entry in named if name is not None}, self.loaded)
+
+    def tensors(self, what: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors with their names, on the CPU, file by file; a terminal shows progress, titled ``what``."""
+        files: dict[Path, dict[str, str]] = {}
+        for name, entry in self.entries.items():
+            files.setdefault(entry.file, {})[name] = entry.name
+        with tqdm(total=len(self.entries), desc=what, unit="tensor", disable=None) as bar:
+            for file, names in files.items():
+                if self.loaded:
+                    read = ((name, self.loaded[stored]) for name, stored in names.items())
+                else:
+                    read = _read(file, names)
+                for name, tensor in read:
+                    yield name, tensor
+                    bar.update()
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Checks that exactly ``expected`` is there.
+
+        Raises:
+            UserError: a tensor is missing, of another shape, or unknown.
+        """
+        for name, shape in expected.items():
+            if name not in self.entries:
+                raise UserError(f"{self.path}: has no tensor {name}; expected one of shape {shape}")
+            if (found := self.entries[name].shape) != shape:
+                raise UserError(f"{self.path}: {name} has shape {found}; expected {shape}")
+        for name, entry in self.entries.items():
+            if name not in expected:
+                raise UserError(f"{self.path}: {entry.name} is not a tensor of such a model")
+
+
+def _read(file: Path, names: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; expected a JSON object") from None
-    except ValueError as error:
-        raise UserError(f"{path}: no JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: holds a JSON {type(found).__name__}; expected an object")
-    return found
+        with safe_open(file, framework="pt") as opened:
+            for name, stored in names.items():
+                yield name, opened.get_tensor(stored)
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a complete safetensors file ({_first_line(error)})") from None
 
 
-def read_config(folder: Path, expected: tuple[str, ...]) -> dict[str, Any]:
-    """``config.json`` of a model folder, of one of the ``expected`` values of ``model_type``.
+def read_config(folder: Path, model_type: str | tuple[str, ...]) -> dict[str, Any]:
+    """``config.json`` of a model folder.
+
+    Args:
+        model_type: what the configuration must say it is.
 
     Raises:
-        UserError: no such folder, no configuration in it, or another kind of model.
+        UserError: no such folder or file, no JSON object, or another kind of model.
     """
+    expected = (model_type,) if isinstance(model_type, str) else model_type
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected a downloaded model ({CONFIG} and safetensors)")
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: has no {CONFIG}; expected a model folder ({' or '.join(expected)})")
-    config = read_json(folder / CONFIG)
-    if config.get("model_type") not in expected:
-        raise UserError(
-            f"{folder / CONFIG}: model_type is {config.get('model_type')!r}; expected {' or '.join(expected)}"
-        )
+        raise UserError(f"{folder}: no such folder; expected a model downloaded to a local folder")
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{folder}: has no {CONFIG_FILE}; expected a model's folder ({' or '.join(expected)})")
+    config = read_json(folder / CONFIG_FILE)
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG_FILE}: holds a JSON {type(config).__name__}; expected an object")
+    if (found := config.get("model_type")) not in expected:
+        raise UserError(f"{folder / CONFIG_FILE}: model_type is {found!r}; expected {' or '.join(expected)}")
     return config
 
 
-def parse_config(kind: type[PretrainedConfig], values: Mapping[str, Any], path: Path) -> PretrainedConfig:
+def parse_config(kind: type[Config], values: Mapping[str, Any], path: Path) -> Config:
     """transformers' configuration from the JSON object of ``path``.
 
     Raises:
-        UserError: values that transformers refuses, by type or because they contradict each other.
+        UserError: values that transformers refuses, by their type or because they contradict each other.
     """
     try:
         return kind.from_dict(dict(values))
-    except Exception as error:  # the validators of huggingface_hub have exceptions of their own
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{path}: {' '.join(lines)[:300] or type(error).__name__}") from None
+        raise UserError(f"{path}: not a configuration of such a model ({' '.join(lines)[:300]})") from None
 
 
-class Checkpoint:
-    """Tensors of a model folder by name, read from ``model.safetensors`` or its shards one at a time.
+def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """The weights of a folder (sharded or not), or of one file.
+
+    Args:
+        allow_pickle: also read a pickle, with ``weights_only=True``: torch's own unpickler, which knows tensors and
+            containers and refuses everything else, so that no code in the file can run.
 
     Raises:
-        UserError: no safetensors (pickled weights are named and not opened), or a shard that is missing or damaged.
+        UserError: no weights, a missing or damaged shard, or a pickle that is not allowed or refused.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if (folder / INDEX).is_file():
-            names = read_json(folder / INDEX).get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-                raise UserError(f"{folder / INDEX}: has no weight_map of names and files")
-            self._files = {name: folder / file for name, file in names.items()}
-        elif (folder / WEIGHTS).is_file():
-            with _opened(folder / WEIGHTS) as file:
-                self._files = dict.fromkeys(file.keys(), folder / WEIGHTS)
-        else:
-            pickles = sorted(path.name for path in folder.glob("*.bin"))
-            raise UserError(
-                f"{folder}: holds {pickles[0]}, a pickle, which is not read; expected {WEIGHTS} or its shards (take a "
-                "revision of the checkpoint with safetensors: the hub's space safetensors/convert makes one)"
-                if pickles
-                else f"{folder}: has neither {WEIGHTS} nor {INDEX}; expected a model's weights"
-            )
-        for path in sorted(set(self._files.values())):
-            if not path.is_file():
-                raise UserError(f"{path}: missing, though {INDEX} names it; download the checkpoint again")
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def read(self, name: str, shape: Shape | None = None) -> torch.Tensor:
-        """One tensor, on the CPU.
-
-        Raises:
-            UserError: no such tensor, one of another ``shape``, or a damaged file.
-        """
-        if name not in self._files:
-            raise UserError(f"{self.folder}: has no tensor {name}; the checkpoint is incomplete or of another layout")
-        path = self._files[name]
-        with _opened(path) as file:
-            try:
-                found = tuple(file.get_slice(name).get_shape())
-                if shape is not None and found != shape:
-                    raise UserError(f"{path}: {name} has shape {found}; expected {shape} by {CONFIG}")
-                return file.get_tensor(name)
-            except SafetensorError as error:
-                raise UserError(f"{path}: {name} cannot be read ({error})") from None
+    entries: dict[str, Stored] = {}
+    for file in _weight_files(path, allow_pickle):
+        if file.suffix in PICKLE_ENDINGS:
+            loaded = _unpickle(file)
+            return Checkpoint(path, {n: Stored(file, n, tuple(t.shape)) for n, t in loaded.items()}, loaded)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (not a dictionary)
+                    if not _DERIVED.fullmatch(name):
+                        entries[name] = Stored(file, name, tuple(opened.get_slice(name).get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: not a complete safetensors file ({_first_line(error)})") from None
+    return Checkpoint(path, entries, {})
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _weight_files(path: Path, allow_pickle: bool) -> list[Path]:
+    if path.is_file():
+        return [path] if path.suffix not in PICKLE_ENDINGS or allow_pickle else _refuse_pickle(path, path.name)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder; expected weights in safetensors format")
+    if (index := path / INDEX_FILE).is_file():
+        content = read_json(index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{index}: has no weight_map; expected the names of tensors and their files")
+        files = [path / name for name in sorted(set(weight_map.values()))]
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{file}: missing, though {INDEX_FILE} names it")
+        return files
+    if (path / WEIGHTS_FILE).is_file():
+        return [path / WEIGHTS_FILE]
+    if allow_pickle and (path / PICKLE_FILE).is_file():
+        return [path / PICKLE_FILE]
+    if pickles := sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_ENDINGS):
+        return _refuse_pickle(path, pickles[0])
+    raise UserError(f"{path}: has neither {WEIGHTS_FILE} nor {INDEX_FILE}; expected a model's weights")
+
+
+def _refuse_pickle(path: Path, name: str) -> list[Path]:
+    raise UserError(
+        f"{path}: holds {name}, a pickle, which is not read; expected safetensors "
+        "(https://huggingface.co/spaces/safetensors/convert makes them of a repository on the hub)"
+    )
+
+
+def _unpickle(path: Path) -> dict[str, torch.Tensor]:
     try:
-        file = safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({str(error).splitlines()[0]})") from None
-    with file:
-        yield file
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle fails in whatever way its first wrong byte leads to
+        # Torch's explanation advises to switch the safe mode off; what the file did wrong stands at its end.
+        refused = re.search(r"Unsupported (?:global|class|operand)[^.\n]*|GLOBAL \S+", str(error))
+        reason = refused[0] if refused else "damaged, or not written by torch.save"
+        raise UserError(f"{path}: not a plain pickle of tensors ({reason}); it was not executed") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]  # mmengine's checkpoints
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
+    ):
+        raise UserError(f"{path}: holds a {type(content).__name__}; expected a dictionary of names and tensors")
+    return {name: tensor for name, tensor in content.items() if not _DERIVED.fullmatch(name)}
 
 
-def shapes_of(kind: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, Shape]:
-    """Names and shapes of the tensors that a checkpoint of this model must have; tied ones are counted once."""
-    with torch.device("meta"):
-        model = kind(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-
-
-# ------------------------------------------------------------------------------------------------------------ writing
+# ----------------------------------------------------------------------------------------------------------- writing
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes ``folder`` when the block ends without an exception, and is removed otherwise.
+def new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes ``target`` when the block ends without an error, and vanishes otherwise.
 
     Raises:
-        UserError: ``folder`` is not empty, or cannot be written.
+        UserError: ``target`` is not empty or cannot be written.
     """
-    check_output(folder)
-    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    target = check_output(target).absolute()
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        # Renaming onto an empty folder replaces it; onto one that filled up meanwhile it fails.
-        os.replace(temporary, folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error})") from None
+        os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target}: cannot be written ({_first_line(error)})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_weights(
-    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], total: int, shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Writes named tensors as ``model.safetensors``, or as shards with their index where they exceed ``shard_bytes``.
+class ShardWriter:
+    """Writes tensors in the order in which they come, as ``model.safetensors`` or as shards with their index."""
 
-    Args:
-        tensors: names and tensors, made one by one; a shard at most is held in memory.
-        total: how many there are, for the progress bar.
-    """
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    pending_bytes = all_bytes = 0
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
+        self._folder = folder
+        self._shard_bytes = shard_bytes
+        self._pending: dict[str, torch.Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._bytes = 0
 
-    def flush() -> None:
-        save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Takes a tensor in, and writes a shard when it is full."""
+        if self._pending and sum(held.nbytes for held in self._pending.values()) + tensor.nbytes > self._shard_bytes:
+            self._flush()
+        tensor = tensor.contiguous()
+        # safetensors refuses tensors that share memory, as parts of a split tensor may.
+        whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+        self._pending[name] = tensor if whole else tensor.clone()
+        self._bytes += tensor.nbytes
 
-    for name, tensor in tqdm(tensors, desc="weights", total=total, unit="tensor", leave=False):
-        if pending and pending_bytes + tensor.nbytes > shard_bytes:
-            flush()
-            pending_bytes = 0
-        # A row or a column block of a larger tensor would be written with all of it.
-        pending[name] = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor.contiguous()
-        pending_bytes += tensor.nbytes
-        all_bytes += tensor.nbytes
-    flush()
-    if len(shards) == 1:
-        (folder / "0.part").rename(folder / WEIGHTS)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{number}.part").rename(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": all_bytes}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    def close(self) -> None:
+        """Writes what is pending and gives the files the names that readers look for."""
+        self._flush()
+        if len(self._shards) == 1:
+            self._part(0).rename(self._folder / WEIGHTS_FILE)
+            return
+        weight_map = {}
+        for number, names in enumerate(self._shards):
+            file = f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
+            self._part(number).rename(self._folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        write_json(self._folder / INDEX_FILE, {"metadata": {"total_size": self._bytes}, "weight_map": weight_map})
+
+    def _part(self, number: int) -> Path:
+        return self._folder / f"part-{number}.safetensors"
+
+    def _flush(self) -> None:
+        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending.clear()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
