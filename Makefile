@@ -28,18 +28,28 @@ $(STAMP): pyproject.toml constraints.txt
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
 .PHONY: install
 install: $(STAMP) ## create .venv with the locked versions (the other targets do so too)
 
 .PHONY: reproduce
-reproduce: $(STAMP) ## train and evaluate METHODS x SEEDS at the smoke scale, print the table and the report's path
+reproduce: reproduce-commonsense reproduce-visual ## train and evaluate METHODS x SEEDS at the smoke scale, print the tables and the report's path
+	$(MAKE) -s report
+
+.PHONY: reproduce-commonsense
+reproduce-commonsense: $(STAMP) ## the runs of commonsense reasoning alone
 	$(BIN)/python -m commonsense_reasoning.prepare_data scale=$(SCALE)
 	$(BIN)/python -m commonsense_reasoning.train -m scale=$(SCALE) method=$(METHODS) seed=$(SEEDS) runs_dir=$(RUNS) on_finished=skip
 	$(BIN)/python -m commonsense_reasoning.evaluate -m scale=$(SCALE) method=$(METHODS) seed=$(SEEDS) evaluation.mode=$(MODES) runs_dir=$(RUNS) on_finished=skip
 	$(BIN)/python -m commonsense_reasoning.evaluate -m scale=$(SCALE) method=base evaluation.mode=$(MODES) runs_dir=$(RUNS) on_finished=skip
-	$(MAKE) -s report
+
+.PHONY: reproduce-visual
+reproduce-visual: $(STAMP) ## the runs of visual instruction tuning alone
+	$(BIN)/python -m visual_instruction.prepare_data scale=$(SCALE)
+	$(BIN)/python -m visual_instruction.train -m scale=$(SCALE) method=$(METHODS) seed=$(SEEDS) runs_dir=$(RUNS) on_finished=skip
+	$(BIN)/python -m visual_instruction.evaluate -m scale=$(SCALE) method=$(METHODS) seed=$(SEEDS) runs_dir=$(RUNS) on_finished=skip
+	$(BIN)/python -m visual_instruction.evaluate scale=$(SCALE) method=base runs_dir=$(RUNS) on_finished=skip
 
 .PHONY: report
 report: $(STAMP) ## tables from the run records in RUNS
@@ -54,6 +64,7 @@ test: $(STAMP) ## ruff and the test suite
 .PHONY: dry-run
 dry-run: $(STAMP) ## parameters, memory and steps of the paper's runs, without weights or data
 	$(BIN)/python -m commonsense_reasoning.train -m scale=paper protocol=paper method=lora,moslora dry_run=true
+	$(BIN)/python -m visual_instruction.train -m scale=paper model=llama3_8b,internlm2_7b method=lora,moslora training.deepspeed=zero2 dry_run=true
 
 .PHONY: clean
 clean: ## remove runs, prepared data and reports (not the environment)

@@ -90,34 +90,49 @@ def test_links_of_the_documents_lead_somewhere(document):
             assert (ROOT / target).exists(), f"{document} links to {target}"
 
 
-def commands(document: str) -> list[list[str]]:
-    """The experiments' command lines in a document, as (module, argument, ...)."""
+EXPERIMENT_PACKAGES = [name for name in EXPERIMENTS if (ROOT / name / "config.py").is_file()]
+# Commands with options of their own, instead of Hydra's overrides.
+WITH_OPTIONS = ("build_smoke_base", "convert", "export", "import_results")
+
+
+def commands(document: str, experiment: str) -> list[list[str]]:
+    """An experiment's command lines in a document, as (module, argument, ...)."""
     text = (ROOT / document).read_text(encoding="utf-8")
-    found = re.findall(r"python -m (commonsense_reasoning\.\w+)([^`\n#|]*)", text)
+    found = re.findall(rf"-m ({experiment}\.\w+)([^`\n#|]*)", text)
     return [[module, *re.findall(r"'[^']*'|\S+", arguments)] for module, arguments in found]
 
 
-def test_commands_of_the_documents_compose():
+@pytest.mark.parametrize("experiment", EXPERIMENT_PACKAGES)
+def test_commands_of_the_documents_compose(experiment):
     """Every module exists, and every override that a document names is a key and value of the configuration."""
+    from importlib import import_module
+
     from hydra import compose, initialize_config_module
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from commonsense_reasoning.config import CONF_MODULE, Config
     from moslora_core import launch
 
-    launch.register(Config)
-    named = [command for document in DOCUMENTS for command in commands(document)]
+    config = import_module(f"{experiment}.config")
+    launch.register(config.Config)
+    named = [command for document in DOCUMENTS for command in commands(document, experiment)]
     assert named
     for module, *_ in named:
-        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
-    arguments = {argument.strip("'") for _, *rest in named for argument in rest if "=" in argument}
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    arguments = {
+        argument.strip("'")
+        for module, *rest in named
+        if module.split(".")[1] not in WITH_OPTIONS
+        for argument in rest
+        if "=" in argument and not argument.startswith("--")
+    }
     overrides = set()
     for override in OverridesParser.create().parse_overrides(sorted(arguments)):
         if override.is_sweep_override():
             overrides.update(f"{override.key_or_group}={value}" for value in override.sweep_string_iterator())
         else:
             overrides.add(override.input_line)
-    with initialize_config_module(CONF_MODULE, version_base="1.3"):
+    with initialize_config_module(config.CONF_MODULE, version_base="1.3"):
         for override in sorted(overrides):
             compose("config", overrides=[override])
 
