@@ -11,6 +11,7 @@ from moslora_core.errors import UserError
 
 from .checkpoint import Checkpoint, ShardWriter, new_folder
 from .layout import (
+    IMAGE_TOKEN,
     LANGUAGE,
     TOWER,
     open_llava,
@@ -44,10 +45,10 @@ def convert_llava_hf(source: Path, out: Path, *, parts: bool = False) -> Path:
     tokenizer = read_tokenizer(source)
     images = read_image_processor(source, config.vision_config)
     image_token = tokenizer.convert_ids_to_tokens(config.image_token_index)
-    if image_token not in tokenizer.all_special_tokens and image_token not in tokenizer.get_added_vocab():
+    if image_token != IMAGE_TOKEN:
         raise UserError(
-            f"{source}: image_token_index={config.image_token_index} is {image_token!r} in its tokenizer; expected an "
-            "added token for images"
+            f"{source}: image_token_index={config.image_token_index} is {image_token!r} in its tokenizer; expected "
+            f"{IMAGE_TOKEN!r}, which the prompt templates write"
         )
     if parts and config.text_config.model_type != "llama":
         raise UserError(f"{source}: its language model is {config.text_config.model_type!r}; expected llama for parts")
