@@ -13,11 +13,8 @@ two of them meet in a table column:
 
 from __future__ import annotations
 
-import functools
 import logging
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -27,13 +24,12 @@ from moslora_core.evaluations import (
     STAGE,
     digest,
     fingerprint,
-    finished_items,
+    in_chunks,
     is_done,
-    resume,
     share_stderr,
     trained_adapter,
 )
-from moslora_core.record import Evaluation, Prediction, RunRecord, TaskResult, append_jsonl, write_atomic
+from moslora_core.record import Evaluation, Prediction, RunRecord, TaskResult, write_atomic
 
 from .config import CONF_MODULE, EXPERIMENT, NOT_IN_LABEL, Config, locate
 from .extraction import first_answer, last_answer
@@ -182,42 +178,33 @@ def evaluate(config: Config, record: RunRecord, names: Sequence[str]) -> tuple[E
     docs = {task: list(found.eval_docs)[: config.evaluation.limit] for task, found in tasks.items()}
     used = settings(config) | {"task_versions": {task: found.VERSION for task, found in tasks.items()}}
     adapter = trained_adapter(record, config, EXPERIMENT)
-    partial = record.partial_predictions_path(name)
-    chunks = resume(partial, fingerprint(adapter, used, {task: digest(rows) for task, rows in docs.items()}))
 
-    @functools.cache
-    def model() -> harness.CausalLM:  # a resumed evaluation may have nothing left to score
+    def load() -> harness.CausalLM:
         loaded = load_adapted(config.model, adapter)
         return harness.wrap(loaded, load_tokenizer(config.model), config.evaluation.batch_size)
 
-    by_task: dict[str, list[Prediction]] = {}
-    for task in names:
-        done = finished_items(chunks, task)
-        pending = [index for index in range(len(docs[task])) if index not in done]
-        if done:
-            logger.info("%s: %d of %d items were scored before", task, len(done), len(docs[task]))
-        for start in range(0, len(pending), config.evaluation.chunk):
-            indices = pending[start : start + config.evaluation.chunk]
-            lm = model()
-            begun = time.monotonic()
-            found = _predictions(name, task, harness.run_items(lm, tasks[task], indices))
-            seconds = round(time.monotonic() - begun, 3)
-            chunk = {"task": task, "items": indices, "seconds": seconds, "predictions": [asdict(p) for p in found]}
-            append_jsonl(partial, [chunk])
-            chunks.append(chunk)
-            done |= dict(zip(indices, found, strict=True))
-            if len(done) < len(docs[task]):
-                logger.info("%s: %d of %d items, %.1f s", task, len(done), len(docs[task]), seconds)
-        by_task[task] = [done[index] for index in range(len(docs[task]))]
-        _log(task, by_task[task])
+    def score(model: harness.CausalLM, task: str, indices: list[int]) -> list[Prediction]:
+        return _predictions(name, task, harness.run_items(model, tasks[task], indices))
 
-    results = {task: task_result(found) for task, found in by_task.items()}
-    seconds = round(sum(chunk["seconds"] for chunk in chunks), 3)
-    return Evaluation(name, results, seconds, used), [p for found in by_task.values() for p in found]
+    results: dict[str, TaskResult] = {}
+    predictions: list[Prediction] = []
+    seconds = 0.0
+    for task, found, spent in in_chunks(
+        record.partial_predictions_path(name),
+        fingerprint(adapter, used, {task: digest(rows) for task, rows in docs.items()}),
+        {task: len(docs[task]) for task in names},
+        config.evaluation.chunk,
+        load,
+        score,
+    ):
+        results[task] = task_result(found)
+        _log(task, results[task])
+        predictions += found
+        seconds += spent
+    return Evaluation(name, results, round(seconds, 3), used), predictions
 
 
-def _log(task: str, predictions: Sequence[Prediction]) -> None:
-    result = task_result(predictions)
+def _log(task: str, result: TaskResult) -> None:
     unparsed = "" if result.unparsed is None else f", {result.unparsed:.1%} without an answer"
     logger.info("%s: accuracy %.1f%% of %d%s", task, 100 * result.value, result.n, unparsed)
 

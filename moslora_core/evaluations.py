@@ -6,22 +6,27 @@ fingerprint of all that the answers depend on.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .base_models import adapter_digest
 from .errors import UserError
-from .record import Prediction, RunRecord, repair_jsonl, write_atomic
+from .record import Prediction, RunRecord, append_jsonl, repair_jsonl, write_atomic
 from .running import check_on_finished
 
 logger = logging.getLogger(__name__)
 
 STAGE = "evaluate"
+
+Model = TypeVar("Model")
 
 
 def is_done(record: RunRecord, name: str, on_finished: str) -> bool:
@@ -93,11 +98,52 @@ def resume(path: Path, expected: str) -> list[dict[str, Any]]:
     return []
 
 
-def finished_items(chunks: Sequence[dict[str, Any]], task: str) -> dict[int, Prediction]:
-    """Predictions in ``chunks`` of one task, by index of the item.
+def in_chunks(
+    partial: Path,
+    expected: str,
+    sizes: Mapping[str, int],
+    chunk: int,
+    load: Callable[[], Model],
+    answer: Callable[[Model, str, list[int]], Sequence[Prediction]],
+) -> Iterator[tuple[str, list[Prediction], float]]:
+    """Evaluates task by task and chunk by chunk; what an earlier start finished is not done again.
 
-    A chunk is ``{"task", "items": [index, ..], "seconds", "predictions": [.., ..]}``.
+    Args:
+        partial: the record's partial file, where every finished chunk is appended.
+        expected: fingerprint of this evaluation.
+        sizes: task -> number of its items.
+        chunk: items between two saves.
+        load: gives the model; called once, and not at all where nothing is left to do.
+        answer: predictions of a model for the items of a task with these indices, in their order.
+
+    Yields:
+        A task, the predictions of all of its items, and the seconds that they took, loading apart.
     """
+    chunks = resume(partial, expected)
+    model = functools.cache(load)
+    for task, size in sizes.items():
+        done = _finished_items(chunks, task)
+        seconds = sum(entry["seconds"] for entry in chunks if entry["task"] == task)
+        pending = [index for index in range(size) if index not in done]
+        if done:
+            logger.info("%s: %d of %d items were done before", task, len(done), size)
+        for start in range(0, len(pending), chunk):
+            indices = pending[start : start + chunk]
+            loaded = model()
+            begun = time.monotonic()
+            found = answer(loaded, task, indices)
+            spent = round(time.monotonic() - begun, 3)
+            predictions = [asdict(prediction) for prediction in found]
+            append_jsonl(partial, [{"task": task, "items": indices, "seconds": spent, "predictions": predictions}])
+            seconds += spent
+            done |= dict(zip(indices, found, strict=True))
+            if len(done) < size:
+                logger.info("%s: %d of %d items, %.1f s", task, len(done), size, spent)
+        yield task, [done[index] for index in range(size)], seconds
+
+
+def _finished_items(chunks: Sequence[dict[str, Any]], task: str) -> dict[int, Prediction]:
+    """Predictions in ``chunks`` of one task, by index of the item."""
     return {
         index: Prediction(**prediction)
         for chunk in chunks

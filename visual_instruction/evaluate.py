@@ -15,20 +15,17 @@ come back through ``visual_instruction.import_results``.
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import logging
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from moslora_core import launch
 from moslora_core.errors import UserError
-from moslora_core.evaluations import STAGE, fingerprint, finished_items, is_done, resume, trained_adapter
-from moslora_core.record import Evaluation, Prediction, RunRecord, TaskResult, append_jsonl, write_atomic
+from moslora_core.evaluations import STAGE, fingerprint, in_chunks, is_done, trained_adapter
+from moslora_core.record import Evaluation, Prediction, RunRecord, TaskResult, write_atomic
 
 from .benchmarks.registry import BENCHMARKS, FREE_FORM_TOKENS, JUDGED
 from .benchmarks.scoring import Answer, answer, gold, task_result
@@ -148,43 +145,34 @@ def evaluate(
     name = evaluation_name(config)
     used = settings(config)
     adapter = trained_adapter(record, config, EXPERIMENT)
-    partial = record.partial_predictions_path(name)
     digests = {task: digest(tsv_path(config, task), found) for task, found in items.items()}
-    chunks = resume(partial, fingerprint(adapter, used, digests))
 
-    @functools.cache
-    def responder() -> Responder:  # a resumed evaluation may have nothing left to answer
+    def load() -> Responder:
         processor = load_processor(config.model)  # first: it is small, and checks the template
         template = template_of(config.model)
         return Responder(load_adapted(config.model, adapter), processor, template, config.data.square_padding)
 
-    by_task: dict[str, list[Prediction]] = {}
-    for task in items:
+    def respond(model: Responder, task: str, indices: list[int]) -> list[Prediction]:
         limit = config.evaluation.max_new_tokens
         if BENCHMARKS[task].kind == JUDGED:
             limit = max(limit, FREE_FORM_TOKENS)
-        done = finished_items(chunks, task)
-        pending = [index for index in range(len(items[task])) if index not in done]
-        if done:
-            logger.info("%s: %d of %d items were answered before", task, len(done), len(items[task]))
-        for start in range(0, len(pending), config.evaluation.chunk):
-            indices = pending[start : start + config.evaluation.chunk]
-            asked = [items[task][index] for index in indices]
-            model = responder()
-            begun = time.monotonic()
-            responses = model.respond(asked, config.evaluation.batch_size, limit)
-            seconds = round(time.monotonic() - begun, 3)
-            found = [_prediction(name, task, item, said) for item, said in zip(asked, responses, strict=True)]
-            chunk = {"task": task, "items": indices, "seconds": seconds, "predictions": [asdict(p) for p in found]}
-            append_jsonl(partial, [chunk])
-            chunks.append(chunk)
-            done |= dict(zip(indices, found, strict=True))
-            if len(done) < len(items[task]):
-                logger.info("%s: %d of %d items, %.1f s", task, len(done), len(items[task]), seconds)
-        by_task[task] = [done[index] for index in range(len(items[task]))]
+        asked = [items[task][index] for index in indices]
+        responses = model.respond(asked, config.evaluation.batch_size, limit)
+        return [_prediction(name, task, item, said) for item, said in zip(asked, responses, strict=True)]
 
+    by_task = in_chunks(
+        record.partial_predictions_path(name),
+        fingerprint(adapter, used, digests),
+        {task: len(found) for task, found in items.items()},
+        config.evaluation.chunk,
+        load,
+        respond,
+    )
     results: dict[str, TaskResult] = {}
-    for task, found in by_task.items():
+    scored: list[Prediction] = []
+    seconds = 0.0
+    for task, found, spent in by_task:
+        seconds += spent
         if BENCHMARKS[task].kind == JUDGED:
             path = responses_path(record, name, task)
             write_responses(path, items[task], [prediction.response for prediction in found])
@@ -192,8 +180,8 @@ def evaluate(
             continue
         answers = [answer(item, prediction.response) for item, prediction in zip(items[task], found, strict=True)]
         results[task] = _scored(task, items[task], answers)
-    seconds = round(sum(chunk["seconds"] for chunk in chunks), 3)
-    return Evaluation(name, results, seconds, used), [p for task in results for p in by_task[task]]
+        scored += found
+    return Evaluation(name, results, round(seconds, 3), used), scored
 
 
 def _scored(name: str, items: Sequence[Item], answers: Sequence[Answer]) -> TaskResult:
