@@ -3,9 +3,9 @@
 A picture of 32 x 32 pixels has a background in one of four colours, and one or two objects, each a shape in a colour
 in one corner. Six kinds of question are asked about it, in the three forms that the real benchmarks have:
 
-    colour, position            four options with letters       (as MMBench)
-    existence                   Yes or No, two to a picture     (as MME)
-    shape, count, background    a word                          (as TextVQA)
+    colour, background        four options with letters       (as MMBench)
+    existence                 Yes or No, two to a picture     (as MME)
+    shape, count, position    a word                          (as TextVQA)
 
 Combinations of shape, colour and background are split: those of the benchmarks and those of the validation files never
 occur in a training picture, and not in one another's. What a question asks for has therefore to be seen, not recalled.
@@ -52,8 +52,8 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
     "count": COUNTS,
     "existence": (YES, NO),
-    "position": tuple(LETTERS),
-    "background": tuple(BACKGROUNDS),
+    "position": tuple(PLACES),
+    "background": tuple(LETTERS),
 }
 KINDS = tuple(ANSWERS)
 # Accuracy of whoever gives one and the same answer to every question of a kind.
@@ -172,8 +172,7 @@ def _colour(scene: Scene, rng: random.Random) -> Question:
 
 def _position(scene: Scene, rng: random.Random) -> Question:
     thing = rng.choice(scene.things)
-    wrong = [place for place in PLACES if place != thing.place]
-    return _choice("position", f"Where is the {thing.shape}?", thing.place, wrong, rng)
+    return Question("position", f"Where is the {thing.shape}?", thing.place)
 
 
 def _shape(scene: Scene, rng: random.Random) -> Question:
@@ -186,7 +185,8 @@ def _count(scene: Scene, rng: random.Random) -> Question:
 
 
 def _background(scene: Scene, rng: random.Random) -> Question:
-    return Question("background", "What color is the background?", scene.background)
+    wrong = [colour for colour in BACKGROUNDS if colour != scene.background]
+    return _choice("background", "What color is the background?", scene.background, wrong, rng)
 
 
 def existence(scene: Scene, rng: random.Random, there: bool) -> Question:
@@ -227,7 +227,7 @@ def ask(kind: str, scene: Scene, rng: random.Random) -> Question:
 
 def lookup(rng: random.Random) -> Question:
     """A question without a picture: which letter stands before a word."""
-    words = rng.sample(list(rng.choice((COLOURS, PLACES))), 4)
+    words = rng.sample(list(rng.choice((COLOURS, BACKGROUNDS))), 4)
     answer = rng.randrange(4)
     return Question("lookup", f"Which letter stands before {words[answer]}?", LETTERS[answer], tuple(words))
 

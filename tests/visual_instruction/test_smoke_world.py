@@ -42,7 +42,7 @@ from visual_instruction.smoke_world import (
 )
 
 TRAIN_ITEMS, TEST_ITEMS, VALIDATION_ITEMS = 600, 48, 24
-CHOICES, WORDS = ("colour", "position"), ("shape", "count", "background")
+CHOICES, WORDS = ("colour", "background"), ("shape", "count", "position")
 
 
 # ------------------------------------------------------------------------------------- an independent look at pictures
