@@ -65,6 +65,30 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: not a complete safetensors file ({_first_line(error)})") from None
 
 
+def read_pickle(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Tensors of a file that ``torch.save`` wrote, through torch's unpickler for tensors alone: no code in it runs.
+
+    For files of others that exist in no other format; nothing of this project is pickled.
+
+    Raises:
+        UserError: the file is damaged, needs code to be read, or holds something else than tensors by name.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle fails in whatever way its first wrong byte leads to
+        # Torch's explanation advises to switch the safe mode off; what the file did wrong stands at its end.
+        refused = re.search(r"Unsupported (?:global|class|operand)[^.\n]*|GLOBAL \S+", str(error))
+        reason = refused[0] if refused else "damaged, or not written by torch.save"
+        raise UserError(f"{path}: not a plain pickle of tensors ({reason}); it was not executed") from None
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]  # mmengine's checkpoints
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
+    ):
+        raise UserError(f"{path}: holds a {type(content).__name__}; expected a dictionary of names and tensors")
+    return dict(content)
+
+
 def read_weights(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
     """Tensors of ``adapter_model.safetensors`` in a saved adapter.
 

@@ -8,11 +8,15 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -30,9 +34,9 @@ logger = logging.getLogger(__name__)
 
 _PACKAGE = "package:"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# transformers raises ValueError for a folder of another kind, ImportError for a library that a format needs, and
-# safetensors an error of its own.
-_LOADING = (OSError, ValueError, ImportError, SafetensorError)
+# transformers raises ValueError for a folder of another kind, ImportError for a library that a format needs;
+# safetensors and huggingface_hub (for a configuration that contradicts itself) raise errors of their own.
+_LOADING = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
 
 T = TypeVar("T")
 
@@ -63,6 +67,37 @@ def resolve_path(path: str, key: str = "model.path") -> str:
     return str(found)
 
 
+def local_folder(path: str, revision: str | None = None, key: str = "model.path") -> Path:
+    """The folder of a model: a local one, one inside an installed package, or that of a hub id, downloaded.
+
+    Raises:
+        UserError: none of them.
+    """
+    resolved = resolve_path(path, key)
+    if Path(resolved).is_dir():
+        return Path(resolved)
+    return Path(loading(lambda: snapshot_download(resolved, revision=revision), f"{key}={path}"))
+
+
+@contextmanager
+def made_once(target: Path) -> Iterator[bool]:
+    """Whether ``target``, a model folder, is still to be made; one process makes it, and the others wait.
+
+    Raises:
+        UserError: its parent cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target.parent / f".{target.name}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}; expected a writable folder") from None
+    try:
+        yield not (target / "config.json").exists()
+    finally:
+        lock.release()
+
+
 def from_gguf(path: str, gguf_file: str, cache_dir: str, key: str = "model.gguf_file") -> Path:
     """Folder below ``cache_dir`` with the language model of a GGUF file, converted at its first use to float32.
 
@@ -70,8 +105,9 @@ def from_gguf(path: str, gguf_file: str, cache_dir: str, key: str = "model.gguf_
         UserError: ``path`` has no such file.
     """
     target = Path(cache_dir) / Path(gguf_file).stem
-    if not (target / "config.json").exists():
-        _convert_gguf(path, gguf_file, target, key)
+    with made_once(target) as missing:
+        if missing:
+            _convert_gguf(path, gguf_file, target, key)
     return target
 
 
@@ -86,7 +122,6 @@ def _convert_gguf(path: str, gguf_file: str, target: Path, key: str) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         folder = Path(temporary) / "model"
         model.save_pretrained(folder)

@@ -45,6 +45,7 @@ from .adapter_files import (
     check_output,
     pattern_value,
     read_config,
+    read_pickle,
     read_safetensors,
     write_adapter,
 )
@@ -177,18 +178,7 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     path = folder / PICKLE_NAME
     if not path.is_file():
         raise UserError(f"{folder}: has neither {WEIGHTS_NAME} nor {PICKLE_NAME}; expected an adapter's weights")
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle fails in whatever way its first wrong byte leads to
-        # Torch's explanation advises to switch the safe mode off; what the file did wrong stands at its end.
-        refused = re.search(r"Unsupported (?:global|class|operand)[^.\n]*|GLOBAL \S+", str(error))
-        reason = refused[0] if refused else "damaged, or not written by torch.save"
-        raise UserError(f"{path}: not a plain pickle of tensors ({reason}); it was not executed") from None
-    if not isinstance(tensors, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()
-    ):
-        raise UserError(f"{path}: holds a {type(tensors).__name__}; expected a dictionary of names and tensors")
-    return dict(tensors)
+    return read_pickle(path)
 
 
 def _from_diffusers(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -15,6 +15,8 @@ from moslora_core.base_models import (
     device_map,
     from_gguf,
     loading,
+    local_folder,
+    made_once,
     quantization_config,
     resolve_path,
     set_padding,
@@ -26,6 +28,7 @@ from moslora_core.methods import AdapterConfig
 
 from .chat import TEMPLATES, Template, check_template
 from .config import ModelConfig, TowerConfig, TowersConfig
+from .convert.assemble import assemble
 
 PROJECTOR = "multi_modal_projector"
 VISION_TOWER = "vision_tower"
@@ -63,16 +66,18 @@ def base_path(config: ModelConfig) -> str:
         raise UserError("model.path names a LLaVA, or model.llm and model.vision the parts of one; found neither")
     parts = [config.llm, config.revision, config.llm_gguf_file, config.vision, config.projector]
     target = Path(config.cache_dir) / f"llava-{config.name}-{digest(parts)[:12]}"
-    if not (target / "config.json").exists():
-        from .convert.assemble import assemble  # not before it is needed: most runs load what is there
-
-        llm = resolve_path(config.llm, "model.llm")
-        if config.llm_gguf_file is not None:
-            llm = str(from_gguf(llm, config.llm_gguf_file, config.cache_dir, "model.llm_gguf_file"))
-        vision = Path(resolve_path(config.vision, "model.vision"))
-        projector = None if config.projector is None else Path(config.projector)
-        assemble(Path(llm), vision, projector, target)
+    with made_once(target) as missing:
+        if missing:
+            _assemble(config, target)
     return str(target)
+
+
+def _assemble(config: ModelConfig, target: Path) -> None:
+    llm = local_folder(config.llm, config.revision, "model.llm")
+    if config.llm_gguf_file is not None:
+        llm = from_gguf(str(llm), config.llm_gguf_file, config.cache_dir, "model.llm_gguf_file")
+    vision = local_folder(config.vision, key="model.vision")
+    assemble(llm, vision, None if config.projector is None else Path(config.projector), target)
 
 
 def load_processor(config: ModelConfig) -> LlavaProcessor:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from moslora_core.adapter_files import check_output
+from moslora_core.adapter_files import check_output, read_pickle
 from moslora_core.errors import UserError
 from moslora_core.record import read_json
 
@@ -160,7 +160,7 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     entries: dict[str, Stored] = {}
     for file in _weight_files(path, allow_pickle):
         if file.suffix in PICKLE_ENDINGS:
-            loaded = _unpickle(file)
+            loaded = {name: tensor for name, tensor in read_pickle(file).items() if not _DERIVED.fullmatch(name)}
             return Checkpoint(path, {n: Stored(file, n, tuple(t.shape)) for n, t in loaded.items()}, loaded)
         try:
             with safe_open(file, framework="pt") as opened:
@@ -201,23 +201,6 @@ def _refuse_pickle(path: Path, name: str) -> list[Path]:
         f"{path}: holds {name}, a pickle, which is not read; expected safetensors "
         "(https://huggingface.co/spaces/safetensors/convert makes them of a repository on the hub)"
     )
-
-
-def _unpickle(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle fails in whatever way its first wrong byte leads to
-        # Torch's explanation advises to switch the safe mode off; what the file did wrong stands at its end.
-        refused = re.search(r"Unsupported (?:global|class|operand)[^.\n]*|GLOBAL \S+", str(error))
-        reason = refused[0] if refused else "damaged, or not written by torch.save"
-        raise UserError(f"{path}: not a plain pickle of tensors ({reason}); it was not executed") from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]  # mmengine's checkpoints
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
-    ):
-        raise UserError(f"{path}: holds a {type(content).__name__}; expected a dictionary of names and tensors")
-    return {name: tensor for name, tensor in content.items() if not _DERIVED.fullmatch(name)}
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
