@@ -14,24 +14,18 @@ word, and whether two given words agree. A gate measures (1) and (2) at the end,
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import math
-import platform
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import tokenizers
 import torch
-import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from moslora_core.errors import UserError
+from moslora_core.smoke_bases import check_gate, command, learning_rate, report_of, write_report
 
 from .prompts import alpaca
 from .smoke_world import ATTRIBUTES, THINGS, generate, world_facts
@@ -40,7 +34,7 @@ from .tasks import TASKS
 log = logging.getLogger(__name__)
 
 SMOKE_BASE = Path(__file__).parent / "smoke_base"
-REPORT = "build.json"
+COMMAND = "python -m commonsense_reasoning.build_smoke_base"
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 SPECIAL = (PAD, BOS, EOS, UNK)
@@ -287,14 +281,6 @@ def build_model(build: Build, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
     return LlamaForCausalLM(config)
 
 
-def _learning_rate(build: Build, step: int) -> float:
-    warmup = max(1, build.steps // 20)
-    if step < warmup:
-        return build.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, build.steps - warmup)
-    return build.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, build: Build, log_every: int = 250) -> None:
     """Train the model in place, logging the gate's measures every ``log_every`` steps."""
     text = Text(tokenizer.get_vocab(), build.seed)
@@ -302,7 +288,7 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, build:
     start = time.monotonic()
     for step in range(build.steps):
         for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(build, step)
+            group["lr"] = learning_rate(step, build.steps, build.lr)
         ids, weights = text.batch(build.rows)
         # Padding comes last in a row and has no weight as a target: causal attention needs no mask for it.
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
@@ -355,13 +341,6 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict
     return {name: _accuracy(model, tokenizer, pieces) for name, pieces in checks.items()}
 
 
-def check_gate(measures: dict[str, float]) -> None:
-    """Refuse a base below any threshold of :data:`GATE`."""
-    below = [f"{name} {measures[name]:.3f} < {least}" for name, least in GATE.items() if measures[name] < least]
-    if below:
-        raise UserError(f"the base failed its gate and is not written: {', '.join(below)}")
-
-
 def build_base(build: Build, out: Path) -> dict[str, object]:
     """Build, gate and write a base: checkpoint, tokenizer and the report of the build, which is returned."""
     torch.set_num_threads(build.threads)
@@ -372,42 +351,21 @@ def build_base(build: Build, out: Path) -> dict[str, object]:
     log.info("%d words, %d parameters, %s", len(tokenizer), parameters, build)
     start = time.monotonic()
     pretrain(model, tokenizer, build)
-    report = {
-        "command": "python -m commonsense_reasoning.build_smoke_base",
-        "build": asdict(build),
-        "parameters": parameters,
-        "vocabulary": len(tokenizer),
-        "gate": {
-            name: {"measured": round(value, 4), "at_least": GATE[name]}
-            for name, value in measure(model, tokenizer).items()
-        },
-        "seconds": round(time.monotonic() - start),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-        },
-    }
-    check_gate({name: entry["measured"] for name, entry in report["gate"].items()})
+    measures = measure(model, tokenizer)
+    check_gate(measures, GATE)
+    facts = {"parameters": parameters, "vocabulary": len(tokenizer)}
+    report = report_of(COMMAND, build, measures, GATE, time.monotonic() - start, **facts)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    write_report(out, report)
     log.info("wrote %s", out)
     return report
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line: one option for each setting of :class:`Build`, and ``--out``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=SMOKE_BASE, help="folder of the checkpoint")
-    for name, default in asdict(Build()).items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default {default}")
-    values = vars(parser.parse_args(arguments))
-    out = values.pop("out")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    build_base(Build(**values), out)
+    command(__doc__.splitlines()[0], Build, SMOKE_BASE, build_base, arguments)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,12 @@ from moslora_core import launch
 from moslora_core.errors import UserError
 from moslora_core.evaluations import (
     STAGE,
+    check_positive,
+    choose_tasks,
     digest,
     fingerprint,
     in_chunks,
+    is_base,
     is_done,
     share_stderr,
     trained_adapter,
@@ -63,29 +66,17 @@ def check(config: Config) -> list[str]:
         raise UserError(f"evaluation.mode must be one of {', '.join(MODES)}, found {evaluation.mode!r}")
     if config.protocol.name not in PROTOCOLS:
         raise UserError(f"protocol.name must be one of {', '.join(PROTOCOLS)}, found {config.protocol.name!r}")
-    positive = {
-        "evaluation.batch_size": evaluation.batch_size,
-        "evaluation.chunk": evaluation.chunk,
-        "evaluation.limit": 1 if evaluation.limit is None else evaluation.limit,
-        "protocol.num_beams": config.protocol.num_beams,
-        "protocol.max_new_tokens": config.protocol.max_new_tokens,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            raise UserError(f"{key} must be positive, found {value}")
-    asked = config.data.tasks if evaluation.tasks is None else evaluation.tasks
+    check_positive(
+        {
+            "evaluation.batch_size": evaluation.batch_size,
+            "evaluation.chunk": evaluation.chunk,
+            "evaluation.limit": evaluation.limit,
+            "protocol.num_beams": config.protocol.num_beams,
+            "protocol.max_new_tokens": config.protocol.max_new_tokens,
+        }
+    )
     known = [name for name in TASKS if name in config.data.tasks]
-    for name in asked:
-        if name not in known:
-            raise UserError(f"evaluation.tasks: unknown task {name!r}; data.tasks has {', '.join(known)}")
-    if not asked:
-        raise UserError(f"evaluation.tasks names no task; data.tasks has {', '.join(known)}")
-    return [name for name in known if name in asked]
-
-
-def is_base(config: Config) -> bool:
-    """Whether the model is evaluated as it is, without an adapter."""
-    return config.method.tuner == "none"
+    return choose_tasks(known, evaluation.tasks, "evaluation.tasks", "data.tasks")
 
 
 def settings(config: Config) -> dict[str, Any]:

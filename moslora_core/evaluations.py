@@ -17,6 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import nn
+
 from .base_models import adapter_digest
 from .errors import UserError
 from .record import Prediction, RunRecord, append_jsonl, repair_jsonl, write_atomic
@@ -47,6 +49,59 @@ def is_done(record: RunRecord, name: str, on_finished: str) -> bool:
     return True
 
 
+def is_base(config: Any) -> bool:
+    """Whether the model of an experiment's configuration is evaluated as it is, without an adapter."""
+    return config.method.tuner == "none"
+
+
+def check_positive(values: Mapping[str, int | None]) -> None:
+    """Checks counts by the key that they are set with; None is no count.
+
+    Raises:
+        UserError: one is below 1.
+    """
+    for key, value in values.items():
+        if value is not None and value < 1:
+            raise UserError(f"{key} must be positive, found {value}")
+
+
+def choose_tasks(
+    known: Sequence[str], asked: Sequence[str] | None, key: str, source: str, kind: str = "task"
+) -> list[str]:
+    """The tasks to evaluate, in the order of ``known``: those that are asked for, or all.
+
+    Args:
+        key: setting that asks.
+        source: setting that ``known`` comes from.
+        kind: what a task is called.
+
+    Raises:
+        UserError: an unknown task, or none at all.
+    """
+    asked = known if asked is None else asked
+    expected = f"{source} has {', '.join(known) or 'none'}"
+    for name in asked:
+        if name not in known:
+            raise UserError(f"{key}: unknown {kind} {name!r}; {expected}")
+    if not asked:
+        raise UserError(f"{key} names no {kind}; {expected}")
+    return [name for name in known if name in asked]
+
+
+def assert_evaluating(model: nn.Module) -> None:
+    """Refuses to score with dropout on, as the published evaluation did: it never leaves the training mode.
+
+    Raises:
+        RuntimeError: a module is in training mode.
+    """
+    training = [name or type(module).__name__ for name, module in model.named_modules() if module.training]
+    if training:
+        raise RuntimeError(
+            f"{len(training)} modules are in training mode, {training[0]} among them: their dropout would blur the "
+            "scores; call model.eval() first"
+        )
+
+
 def trained_adapter(record: RunRecord, config: Any, experiment: str) -> Path | None:
     """Folder of the run's adapter, None for the untrained base.
 
@@ -56,7 +111,7 @@ def trained_adapter(record: RunRecord, config: Any, experiment: str) -> Path | N
     Raises:
         UserError: the run has not been trained; says the command.
     """
-    if config.method.tuner == "none":
+    if is_base(config):
         return None
     if not record.adapter_path.is_dir():
         command = f"python -m {experiment}.train scale={config.scale.name} method={config.method.name}"

@@ -16,20 +16,15 @@ written.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import math
-import platform
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
 import torch
-import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -43,8 +38,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from moslora_core import launch
-from moslora_core.errors import UserError
+from moslora_core.smoke_bases import check_gate, command, learning_rate, report_of, write_report
 
 from .chat import IMAGE, TEMPLATES
 from .images import pixel_values
@@ -70,7 +64,7 @@ from .smoke_world import (
 log = logging.getLogger(__name__)
 
 SMOKE_BASE = Path(__file__).parent / "smoke_base"
-REPORT = "build.json"
+COMMAND = "python -m visual_instruction.build_smoke_base"
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 SPECIAL = (PAD, BOS, EOS, UNK, IMAGE)
@@ -361,14 +355,6 @@ class Reader(nn.Module):
         ) / 3
 
 
-def _learning_rate(build: Build, step: int) -> float:
-    warmup = max(1, build.steps // 20)
-    if step < warmup:
-        return build.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, build.steps - warmup)
-    return build.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 def pretrain(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, build: Build, log_every: int = 250
 ) -> None:
@@ -379,7 +365,7 @@ def pretrain(
     start = time.monotonic()
     for step in range(build.steps):
         for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(build, step)
+            group["lr"] = learning_rate(step, build.steps, build.lr)
         scenes, pixels, ids, weights = text.batch(build.rows)
         # Padding comes last in a row and has no weight as a target: causal attention needs no mask for it.
         output = model(input_ids=ids, pixel_values=pixels, use_cache=False)
@@ -463,11 +449,7 @@ def measure(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> 
     return {name: _accuracy(model, processor, entries) for name, entries in checks.items()}
 
 
-def check_gate(measures: dict[str, float]) -> None:
-    """Refuse a base below any threshold of :data:`GATE`."""
-    below = [f"{name} {measures[name]:.3f} < {least}" for name, least in GATE.items() if measures[name] < least]
-    if below:
-        raise UserError(f"the base failed its gate and is not written: {', '.join(below)}")
+# --- The command -----------------------------------------------------------------------------------------------------
 
 
 def build_base(build: Build, out: Path) -> dict[str, object]:
@@ -481,43 +463,20 @@ def build_base(build: Build, out: Path) -> dict[str, object]:
     start = time.monotonic()
     pretrain(model, processor, build)
     measures = measure(model, processor)
-    check_gate(measures)
-    report = {
-        "command": "python -m visual_instruction.build_smoke_base",
-        "build": asdict(build),
-        "parameters": parameters,
-        "vocabulary": len(processor.tokenizer),
-        "gate": {name: {"measured": round(measures[name], 4), "at_least": GATE[name]} for name in GATE},
-        "also_measured": {name: round(value, 4) for name, value in measures.items() if name not in GATE},
-        "seconds": round(time.monotonic() - start),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-        },
-    }
+    check_gate(measures, GATE)
+    facts = {"parameters": parameters, "vocabulary": len(processor.tokenizer)}
+    report = report_of(COMMAND, build, measures, GATE, time.monotonic() - start, **facts)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     processor.save_pretrained(out)
-    (out / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(out, report)
     log.info("wrote %s", out)
     return report
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line: one option for each setting of :class:`Build`, and ``--out``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=SMOKE_BASE, help="folder of the checkpoint")
-    for name, default in asdict(Build()).items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default {default}")
-    values = vars(parser.parse_args(arguments))
-    out = values.pop("out")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    try:
-        build_base(Build(**values), out)
-    except UserError as error:
-        launch.fail(error)
+    command(__doc__.splitlines()[0], Build, SMOKE_BASE, build_base, arguments)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,16 @@ from typing import Any
 
 from moslora_core import launch
 from moslora_core.errors import UserError
-from moslora_core.evaluations import STAGE, fingerprint, in_chunks, is_done, trained_adapter
+from moslora_core.evaluations import (
+    STAGE,
+    check_positive,
+    choose_tasks,
+    fingerprint,
+    in_chunks,
+    is_base,
+    is_done,
+    trained_adapter,
+)
 from moslora_core.record import Evaluation, Prediction, RunRecord, TaskResult, write_atomic
 
 from .benchmarks.registry import BENCHMARKS, FREE_FORM_TOKENS, JUDGED
@@ -57,32 +66,18 @@ def check(config: Config) -> list[str]:
     evaluation = config.evaluation
     if evaluation.split not in SPLITS:
         raise UserError(f"evaluation.split must be one of {', '.join(SPLITS)}, found {evaluation.split!r}")
-    positive = {
-        "evaluation.batch_size": evaluation.batch_size,
-        "evaluation.chunk": evaluation.chunk,
-        "evaluation.limit": 1 if evaluation.limit is None else evaluation.limit,
-        "evaluation.max_new_tokens": evaluation.max_new_tokens,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            raise UserError(f"{key} must be positive, found {value}")
-    known = [name for name in BENCHMARKS if name in config.data.benchmarks]
+    check_positive(
+        {
+            "evaluation.batch_size": evaluation.batch_size,
+            "evaluation.chunk": evaluation.chunk,
+            "evaluation.limit": evaluation.limit,
+            "evaluation.max_new_tokens": evaluation.max_new_tokens,
+        }
+    )
     if unknown := [name for name in config.data.benchmarks if name not in BENCHMARKS]:
         raise UserError(f"data.benchmarks: unknown benchmark {unknown[0]!r}; expected some of {', '.join(BENCHMARKS)}")
-    asked = known if evaluation.benchmarks is None else evaluation.benchmarks
-    for name in asked:
-        if name not in known:
-            raise UserError(
-                f"evaluation.benchmarks: unknown benchmark {name!r}; data.benchmarks has {', '.join(known)}"
-            )
-    if not asked:
-        raise UserError(f"evaluation.benchmarks names no benchmark; data.benchmarks has {', '.join(known) or 'none'}")
-    return [name for name in known if name in asked]
-
-
-def is_base(config: Config) -> bool:
-    """Whether the model is evaluated as it is, without an adapter."""
-    return config.method.tuner == "none"
+    known = [name for name in BENCHMARKS if name in config.data.benchmarks]
+    return choose_tasks(known, evaluation.benchmarks, "evaluation.benchmarks", "data.benchmarks", "benchmark")
 
 
 def settings(config: Config) -> dict[str, Any]:

@@ -10,25 +10,13 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 
+from moslora_core.evaluations import assert_evaluating
+
 from .benchmarks.questions import turn
 from .benchmarks.tsv import Item, load_image
 from .chat import Template
 from .data import Collator, encode_prompt
 from .images import image_token_count, pixel_values
-
-
-def assert_evaluating(model: torch.nn.Module) -> None:
-    """Refuses to answer with dropout on, as the published evaluation did: it never leaves the training mode.
-
-    Raises:
-        RuntimeError: a module is in training mode.
-    """
-    training = [name or type(module).__name__ for name, module in model.named_modules() if module.training]
-    if training:
-        raise RuntimeError(
-            f"{len(training)} modules are in training mode, {training[0]} among them: their dropout would blur the "
-            "scores; call model.eval() first"
-        )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from moslora_core.errors import UserError
+from moslora_core.evaluations import assert_evaluating
 
 TASKS_DIR = Path(__file__).parent
 
@@ -129,20 +130,6 @@ def load_harness_tasks(names: Sequence[str]) -> dict[str, Task]:
             f"{reason}; the modes generate and loglikelihood read data.dir"
         ) from None
     return {name: loaded[HARNESS_TASKS[name][0]] for name in names}
-
-
-def assert_evaluating(model: torch.nn.Module) -> None:
-    """Refuses to score with dropout on, as the published evaluation did: it never leaves the training mode.
-
-    Raises:
-        RuntimeError: a module is in training mode.
-    """
-    training = [name or type(module).__name__ for name, module in model.named_modules() if module.training]
-    if training:
-        raise RuntimeError(
-            f"{len(training)} modules are in training mode, {training[0]} among them: their dropout would blur the "
-            "scores; call model.eval() first"
-        )
 
 
 def run_items(lm: CausalLM, task: Task, indices: Sequence[int]) -> list[dict[str, Any]]:

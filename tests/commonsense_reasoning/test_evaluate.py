@@ -24,6 +24,7 @@ from commonsense_reasoning.tasks import TASKS, offered_labels
 from moslora_core import MoSLoraConfig, launch
 from moslora_core.base_models import adapter_digest
 from moslora_core.errors import UserError
+from moslora_core.evaluations import assert_evaluating
 from moslora_core.fold import fold_adapter
 from moslora_core.methods import peft_config
 from moslora_core.record import RunRecord
@@ -261,7 +262,7 @@ def test_dropout_is_off(make_config, adapter_dir):
     """The published evaluation leaves the model in training mode; scoring refuses one."""
     config = make_config()
     model = load_adapted(config.model, adapter_dir)
-    harness.assert_evaluating(model)
+    assert_evaluating(model)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     task = harness.load_tasks("loglikelihood", "corrected", ["boolq"], config.data.dir)["boolq"]
     lm = harness.wrap(model, tokenizer, 2)

@@ -21,6 +21,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from moslora_core import MoSLoraConfig, launch
 from moslora_core.errors import UserError
+from moslora_core.evaluations import assert_evaluating
 from moslora_core.record import RunRecord
 from visual_instruction import evaluate as evaluation
 from visual_instruction.benchmarks.extraction import read_option, read_yes_no
@@ -29,7 +30,7 @@ from visual_instruction.benchmarks.registry import find
 from visual_instruction.benchmarks.tsv import read_tsv
 from visual_instruction.chat import TEMPLATES, check_template
 from visual_instruction.config import CONF_MODULE, NOT_IN_LABEL, Config
-from visual_instruction.generation import Responder, assert_evaluating
+from visual_instruction.generation import Responder
 from visual_instruction.models import load_adapted, load_processor
 
 TARGETS = r".*\.(q_proj|v_proj|fc1|down_proj)"
