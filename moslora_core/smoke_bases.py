@@ -27,8 +27,7 @@ REPORT = "build.json"
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Rate of a step, counted from 0: warm-up over a twentieth of the steps, then cosine to a twentieth of ``peak``.
-    """
+    """Rate of a step from 0: warm-up over a twentieth of the steps, then cosine to a twentieth of ``peak``."""
     warmup = max(1, steps // 20)
     if step < warmup:
         return peak * (step + 1) / warmup
