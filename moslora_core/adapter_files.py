@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,27 @@ def check_output(folder: str | os.PathLike) -> Path:
     return folder
 
 
+@contextmanager
+def new_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """An empty folder to fill, which becomes ``target`` when the block ends without an error, and vanishes otherwise.
+
+    Raises:
+        UserError: ``target`` is not empty or cannot be written.
+    """
+    target = check_output(target)
+    # Not mkdtemp, which makes private folders: a finished one has the permissions of any other new folder.
+    temporary = target.absolute().parent / f".{target.absolute().name}.{uuid.uuid4().hex}"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        # Renaming onto an empty folder replaces it; onto one that filled up meanwhile it fails.
+        os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target}: cannot be written ({_first_line(error)})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_adapter(
     folder: str | os.PathLike,
     config: Mapping[str, Any],
@@ -129,8 +151,6 @@ def write_adapter(
 ) -> Path:
     """Writes a saved adapter in one step: readers see all of the folder or none of it.
 
-    The files go to a temporary sibling folder, which is then renamed; a failure leaves nothing behind.
-
     Args:
         config: content of ``adapter_config.json``; sets are written as sorted lists.
         card_from: folder whose model card (``README.md``), if there is one, is copied.
@@ -138,13 +158,7 @@ def write_adapter(
     Raises:
         UserError: the folder exists and is not empty, or cannot be written.
     """
-    folder = check_output(folder)
-    temporary = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Not mkdtemp, which makes private folders: a finished adapter has the permissions of any other new folder.
-        temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
-        temporary.mkdir()
+    with new_folder(folder) as temporary:
         # safetensors refuses tensors that share memory (tied weights), so that each gets its own.
         contents = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         save_file(contents, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -152,14 +166,7 @@ def write_adapter(
         (temporary / CONFIG_NAME).write_text(text, encoding="utf-8")
         if card_from is not None and (card := Path(card_from) / CARD_NAME).is_file():
             shutil.copyfile(card, temporary / CARD_NAME)
-        # Renaming onto an empty folder replaces it; onto one that filled up meanwhile it fails.
-        os.replace(temporary, folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({_first_line(error)})") from None
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    return Path(folder)
 
 
 def pattern_value(pattern: Mapping[str, Any] | None, default: Any, module: str) -> Any:

@@ -30,11 +30,8 @@ import argparse
 import copy
 import gc
 import logging
-import os
 import shutil
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +49,7 @@ from transformers import (
 )
 
 from moslora_core import launch
-from moslora_core.adapter_files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, check_output, read_config
+from moslora_core.adapter_files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, new_folder, read_config
 from moslora_core.base_models import adapter_digest, attach_saved
 from moslora_core.errors import UserError
 from moslora_core.evaluations import trained_adapter
@@ -232,21 +229,6 @@ def _write_adapter(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A temporary sibling of ``folder`` to fill, which becomes ``folder`` if the block ends without an error."""
-    check_output(folder)
-    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def export(run: Path, out: Path, base: str | None = None) -> Path:
     """Writes ``merged``, ``adapter`` and ``export.json`` of a run to ``out``, all of them or none.
 
@@ -264,7 +246,7 @@ def export(run: Path, out: Path, base: str | None = None) -> Path:
     adapter = trained_adapter(record, config, EXPERIMENT)
     if adapter is None:
         raise UserError(f"{run}: method={config.method.name} has no adapter; nothing to export")
-    with _whole(out) as folder:
+    with new_folder(out) as folder:
         differences = _export_merged(folder / MERGED, config, adapter)
         _write_adapter(adapter, folder / ADAPTER)
         facts = {

@@ -25,11 +25,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from moslora_core.adapter_files import check_output
+from moslora_core.adapter_files import check_output, new_folder
 from moslora_core.base_models import set_padding
 from moslora_core.errors import UserError
 
-from .checkpoint import CONFIG_FILE, Checkpoint, ShardWriter, new_folder, open_checkpoint, parse_config, read_config
+from .checkpoint import CONFIG_FILE, Checkpoint, ShardWriter, open_checkpoint, parse_config, read_config
 from .internlm2 import MODEL_TYPE as INTERNLM2
 from .layout import (
     IMAGE_TOKEN,

@@ -7,12 +7,8 @@ read; tensors are read one at a time, and at most one output shard is held in me
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +20,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from moslora_core.adapter_files import check_output, read_pickle
+from moslora_core.adapter_files import read_pickle
 from moslora_core.errors import UserError
 from moslora_core.record import read_json
 
@@ -204,25 +200,6 @@ def _refuse_pickle(path: Path, name: str) -> list[Path]:
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """An empty folder to fill, which becomes ``target`` when the block ends without an error, and vanishes otherwise.
-
-    Raises:
-        UserError: ``target`` is not empty or cannot be written.
-    """
-    target = check_output(target).absolute()
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{target}: cannot be written ({_first_line(error)})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class ShardWriter:

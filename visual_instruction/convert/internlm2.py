@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moslora_core.adapter_files import check_output
+from moslora_core.adapter_files import check_output, new_folder
 from moslora_core.errors import UserError
 
-from .checkpoint import CONFIG_FILE, Checkpoint, ShardWriter, new_folder, open_checkpoint, parse_config, read_config
+from .checkpoint import CONFIG_FILE, Checkpoint, ShardWriter, open_checkpoint, parse_config, read_config
 from .layout import shapes_of, write_generation_config
 from .tokenizer import convert_tokenizer
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from transformers import CLIPImageProcessorPil, LlavaConfig, PreTrainedTokenizerBase
 
-from moslora_core.adapter_files import check_output
+from moslora_core.adapter_files import check_output, new_folder
 from moslora_core.errors import UserError
 
-from .checkpoint import Checkpoint, ShardWriter, new_folder
+from .checkpoint import Checkpoint, ShardWriter
 from .layout import (
     IMAGE_TOKEN,
     LANGUAGE,

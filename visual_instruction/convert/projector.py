@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from moslora_core.adapter_files import check_output
+from moslora_core.adapter_files import check_output, new_folder
 from moslora_core.errors import UserError
 from moslora_core.record import read_json
 
-from .checkpoint import CONFIG_FILE, ShardWriter, new_folder, open_checkpoint, write_json
+from .checkpoint import CONFIG_FILE, ShardWriter, open_checkpoint, write_json
 
 PREFIX = "multi_modal_projector."
 MODEL_TYPE = "projector"  # XTuner's name
