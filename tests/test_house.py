@@ -92,7 +92,7 @@ def test_links_of_the_documents_lead_somewhere(document):
 
 EXPERIMENT_PACKAGES = [name for name in EXPERIMENTS if (ROOT / name / "config.py").is_file()]
 # Commands with options of their own, instead of Hydra's overrides.
-WITH_OPTIONS = ("build_smoke_base", "convert", "export", "import_results")
+WITH_OPTIONS = ("answer", "build_smoke_base", "convert", "export", "import_results")
 
 
 def commands(document: str, experiment: str) -> list[list[str]]:

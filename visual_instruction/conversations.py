@@ -1,4 +1,4 @@
-"""LLaVA's files: instructions (JSON), questions and answers (jsonl), with every fault named and counted.
+"""LLaVA's files: instructions (JSON) and questions (jsonl), with every fault named and counted.
 
 An instruction is {"id", "image": path below the image root or absent, "conversations": [{"from": "human" | "gpt",
 "value"}]}, as in ``llava_v1_5_mix665k.json``; other keys are left out. XTuner drops turns of the assistant before the
@@ -230,10 +230,9 @@ def sound_items(
                 faults.add(row, fault)
 
 
-# ---------------------------------------------------------------------------------------------- questions and answers
+# ---------------------------------------------------------------------------------------------- questions
 
 _QUESTION = {"question_id": int | str, "image": str, "text": str, "category": str}
-_ANSWER = {"question_id": int | str, "text": str, "category": str}
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
@@ -243,62 +242,38 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
         UserError: no such file, a line that is no JSON object, a field that is missing or of another type, an empty
             question, an image path that leaves its folder, or a question_id that comes twice.
     """
-    rows = _read_lines(path, _QUESTION)
+    rows = _read_lines(path)
     for number, row in enumerate(rows, start=1):
         if fault := _check_image_path(row["image"]):
             raise UserError(f"{path} line {number}: {fault}")
     return rows
 
 
-def read_answers(path: Path) -> dict[int | str, str]:
-    """LLaVA's answer file (question_id, text, category), as text by question_id; raises as read_questions does."""
-    return {row["question_id"]: row["text"] for row in _read_lines(path, _ANSWER)}
-
-
-def as_instructions(questions: list[dict[str, Any]], answers: dict[int | str, str]) -> list[Item]:
-    """Questions with their reference answers as instructions of one turn each, the image in front.
-
-    Raises:
-        UserError: a question that has no answer.
-    """
-    items = []
-    for question in questions:
-        key = question["question_id"]
-        if key not in answers:
-            raise UserError(f"question {key!r} has no answer; expected one in the file of answers")
-        turns = [
-            {"from": HUMAN, "value": f"{IMAGE}\n{question['text']}"},
-            {"from": ASSISTANT, "value": answers[key]},
-        ]
-        items.append({"id": str(key), "image": question["image"], "conversations": turns})
-    return items
-
-
-def _read_lines(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    rows = [_read_line(line, f"{path} line {n}", fields) for n, line in enumerate(lines, start=1) if line.strip()]
+    rows = [_read_line(line, f"{path} line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
-        raise UserError(f"{path}: expected lines with {', '.join(fields)}, found none")
+        raise UserError(f"{path}: expected lines with {', '.join(_QUESTION)}, found none")
     if repeated := [key for key, count in Counter(row["question_id"] for row in rows).items() if count > 1]:
         raise UserError(f"{path}: question_id {repeated[0]!r} comes more than once; expected distinct ones")
     return rows
 
 
-def _read_line(line: str, where: str, fields: dict[str, Any]) -> dict[str, Any]:
+def _read_line(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where} is damaged: expected a JSON object, found {error}") from None
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with {', '.join(fields)}, found {type(row).__name__}")
-    for name, kind in fields.items():
+        raise UserError(f"{where}: expected an object with {', '.join(_QUESTION)}, found {type(row).__name__}")
+    for name, kind in _QUESTION.items():
         if name not in row:
-            raise UserError(f"{where}: field {name!r} is missing; expected {', '.join(fields)}")
+            raise UserError(f"{where}: field {name!r} is missing; expected {', '.join(_QUESTION)}")
         if not isinstance(row[name], kind) or isinstance(row[name], bool):
             raise UserError(f"{where}: {name} must be {getattr(kind, '__name__', kind)}, found {_short(row[name])}")
     if not row["text"].strip():
         raise UserError(f"{where}: text is empty")
-    return {name: row[name] for name in fields}
+    return {name: row[name] for name in _QUESTION}

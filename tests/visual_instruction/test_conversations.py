@@ -12,10 +12,8 @@ from PIL import Image
 from moslora_core.errors import UserError
 from visual_instruction.conversations import (
     Faults,
-    as_instructions,
     check_image,
     check_item,
-    read_answers,
     read_instructions,
     read_questions,
     sound_items,
@@ -206,10 +204,9 @@ def test_without_a_fault_nothing_is_said(caplog):
     assert not caplog.records
 
 
-# ----------------------------------------------------------------------------------------------- questions and answers
+# ---------------------------------------------------------------------------------------------------------- questions
 
 QUESTION = {"question_id": 0, "image": "1.jpg", "text": "What?", "category": "conv"}
-ANSWER = {"question_id": 0, "text": "That.", "category": "conv"}
 
 
 def write_lines(path: Path, *rows) -> Path:
@@ -217,17 +214,9 @@ def write_lines(path: Path, *rows) -> Path:
     return path
 
 
-def test_questions_and_answers_become_instructions(tmp_path):
+def test_questions_are_read_without_other_keys(tmp_path):
     other = QUESTION | {"question_id": "b", "text": "Who?", "image": "2.jpg"}
-    questions = read_questions(write_lines(tmp_path / "q.jsonl", QUESTION | {"more": 1}, other))
-    assert questions == [QUESTION, other]
-    answers = read_answers(write_lines(tmp_path / "a.jsonl", ANSWER | {"question_id": "b", "text": "He."}, ANSWER))
-    items = as_instructions(questions, answers)
-    assert items[0] == {"id": "0", "image": "1.jpg", "conversations": turns("<image>\nWhat?", "That.")}
-    assert items[1] == {"id": "b", "image": "2.jpg", "conversations": turns("<image>\nWho?", "He.")}
-    assert all(check_item(entry) is None for entry in items)
-    with pytest.raises(UserError, match="question 0 has no answer"):
-        as_instructions(questions, {"b": "He."})
+    assert read_questions(write_lines(tmp_path / "q.jsonl", QUESTION | {"more": 1}, other)) == [QUESTION, other]
 
 
 @pytest.mark.parametrize(
@@ -262,16 +251,12 @@ def test_a_missing_question_file_is_named(tmp_path):
 
 @pytest.mark.shared_data
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no question files at {SHARED}")
-def test_real_questions_and_answers_are_read():
+def test_real_questions_are_read():
     questions = read_questions(SHARED / "qa90_questions.jsonl")
-    answers = read_answers(SHARED / "qa90_gpt4_answer.jsonl")
     raw = [json.loads(line) for line in (SHARED / "qa90_questions.jsonl").read_text().splitlines()]
     assert questions == raw and len(questions) == 90
     assert Counter(question["category"] for question in questions) == {"conv": 30, "detail": 30, "complex": 30}
-    items = as_instructions(questions, answers)
-    assert [entry["conversations"][0]["value"] for entry in items] == [f"<image>\n{row['text']}" for row in raw]
-    assert all(check_item(entry) is None for entry in items)
-    fault = check_image(items[0], SHARED, "exists")  # the COCO images are not there
+    fault = check_image({"id": "0", "image": raw[0]["image"]}, SHARED, "exists")  # the COCO images are not there
     assert fault.kind == "image_missing" and raw[0]["image"] in fault.found
     photographs = [{"id": path.stem, "image": path.name} for path in sorted(SHARED.glob("*.jpg"))]
     assert len(photographs) == 2

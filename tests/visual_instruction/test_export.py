@@ -8,50 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from moslora_core import MoSLoraConfig, launch
 from moslora_core.errors import UserError
-from moslora_core.record import RunRecord, write_atomic
+from moslora_core.record import RunRecord
 from visual_instruction import export as exporting
 from visual_instruction.benchmarks.questions import question_text
 from visual_instruction.benchmarks.registry import find
 from visual_instruction.benchmarks.tsv import load_image, read_tsv
 from visual_instruction.chat import IMAGE, TEMPLATES
 from visual_instruction.chat_markup import chat_markup
-from visual_instruction.config import CONF_MODULE, Config
+from visual_instruction.config import Config
 from visual_instruction.data import Collator, encode_prompt
 from visual_instruction.export import export, main
 from visual_instruction.generation import Responder
 from visual_instruction.images import image_token_count, pixel_values
 from visual_instruction.models import load_adapted, load_processor
 
-TARGETS = r".*\.(q_proj|v_proj|fc1|down_proj)"
-PROJECTOR = "multi_modal_projector"
-
-
-def place_run(folder: Path, base: Path, *overrides: str, mixer: bool = True) -> RunRecord:
-    """A run as train leaves it: configuration and an adapter that changes the answers, projector included."""
-    launch.register(Config)
-    common = [f"model.path={base}", "model.template=llama3", "method=moslora" if mixer else "method=lora"]
-    with initialize_config_module(CONF_MODULE, version_base="1.3"):
-        config = launch.instantiate(Config, compose("config", overrides=[*common, *overrides]))
-    record = RunRecord(folder)
-    write_atomic(record.config_path, launch.dump(config))
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "modules_to_save": [PROJECTOR]}
-    peft_config = MoSLoraConfig(**settings, mixer="learned") if mixer else LoraConfig(**settings)
-    model = get_peft_model(LlavaForConditionalGeneration.from_pretrained(base), peft_config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(record.adapter_path)
-    return record
+from .placed_runs import PROJECTOR, place_run
 
 
 @pytest.fixture(scope="module")
