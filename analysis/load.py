@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from moslora_core.errors import UserError
@@ -22,7 +22,8 @@ _PROTOCOL = re.compile(r"\w[\w.,=+:@-]*", re.ASCII)  # it names a folder of the 
 class Run:
     """One run with finished evaluations. ``path`` is relative to the folder of runs; ``evaluations`` maps protocols.
 
-    ``stopped`` says how a later stage ended that did not finish; None if all is well.
+    ``stopped`` says how a later stage ended that did not finish; None if all is well. ``evaluation_names`` maps
+    protocols to the names under which the predictions stand.
     """
 
     path: str
@@ -35,6 +36,7 @@ class Run:
     evaluations: dict[str, Evaluation]
     commits: frozenset[str]
     stopped: str | None = None
+    evaluation_names: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def _load(record: RunRecord, relative: str) -> Run:
         raise UserError("results.json has no training summary")
     if not results.evaluations:
         raise UserError(f"not evaluated yet; the last finished stage is {status.stage}")
+    names = _by_protocol(results.evaluations)
     return Run(
         path=relative,
         experiment=experiment,
@@ -101,14 +104,15 @@ def _load(record: RunRecord, relative: str) -> Run:
         label=label,
         seed=int(match.group(1)),
         training=results.training,
-        evaluations=_by_protocol(results.evaluations),
+        evaluations={protocol: results.evaluations[name] for protocol, name in names.items()},
         commits=_commits(record),
         stopped=stopped,
+        evaluation_names=names,
     )
 
 
-def _by_protocol(evaluations: dict[str, Evaluation]) -> dict[str, Evaluation]:
-    """Evaluations by protocol, of which a run may have one each: which of two would stand in the table?"""
+def _by_protocol(evaluations: dict[str, Evaluation]) -> dict[str, str]:
+    """Protocol -> name of its evaluation, of which a run may have one each: which of two would stand in the table?"""
     found: dict[str, str] = {}
     for name, evaluation in evaluations.items():
         protocol = evaluation.protocol
@@ -123,7 +127,7 @@ def _by_protocol(evaluations: dict[str, Evaluation]) -> dict[str, Evaluation]:
             _check(result, f"results.json: {name}.{task}")
             for part, entry in (result.breakdown or {}).items():
                 _check(entry, f"results.json: {name}.{task}.breakdown.{part}")
-    return {protocol: evaluations[name] for protocol, name in found.items()}
+    return found
 
 
 def _check(result: TaskResult, where: str) -> None:

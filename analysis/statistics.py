@@ -31,7 +31,8 @@ LEVEL = 0.95  # of every interval
 ALPHA = 0.05
 POWER = 0.8
 RESAMPLES = 2000  # of a bootstrap
-FLIPS = 4999  # of a permutation test that is not enumerated
+FLIPS = 4999  # of the permutation test by seed, where they are not enumerated
+EXCHANGES = 1999  # of items
 BELOW_CHANCE = 0.1  # a run with a task further below chance has collapsed
 MOST_LABELS = 9  # with more kinds of answer nothing lies that far below chance
 _SEED = 20240616
@@ -185,7 +186,7 @@ def flip_items(tasks: Sequence[ArrayLike]) -> tuple[float, list[float]]:
     """Two-sided p of exchanging the two methods item by item: for the mean over the tasks, and for each task.
 
     McNemar's test for more than one seed: an item is exchanged in all seeds at once, since how hard it is stays the
-    same from seed to seed, and items would be counted several times otherwise. A seeded draw of ``FLIPS`` exchanges.
+    same from seed to seed, and items would be counted several times otherwise. A seeded draw of ``EXCHANGES``.
 
     Args:
         tasks: for each task, differences of correctness in {-1, 0, 1}, shape (seeds, items).
@@ -196,7 +197,7 @@ def flip_items(tasks: Sequence[ArrayLike]) -> tuple[float, list[float]]:
         differences = np.atleast_2d(np.asarray(differences))
         sums = differences.sum(axis=0)
         sizes, counts = np.unique(np.abs(sums[sums != 0]), return_counts=True)
-        flips = 2 * rng.binomial(counts, 0.5, size=(FLIPS, len(counts))) - counts
+        flips = 2 * rng.binomial(counts, 0.5, size=(EXCHANGES, len(counts))) - counts
         observed.append(sums.sum() / differences.size)
         drawn.append(flips @ sizes / differences.size)
     return (

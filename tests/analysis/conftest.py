@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from moslora_core.record import Evaluation, Results, RunRecord, TaskResult, Training, write_json
+from moslora_core.record import (
+    Evaluation,
+    Prediction,
+    Results,
+    RunRecord,
+    TaskResult,
+    Training,
+    append_jsonl,
+    write_json,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -14,7 +26,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Runs:
     """A folder of runs. ``add`` writes one finished run; ``accuracies`` maps tasks, or gives all of them one value.
 
-    ``breakdown`` maps tasks to values of their parts.
+    ``breakdown`` maps tasks to values of their parts. ``right`` maps tasks to whether each item was answered right,
+    which makes the accuracies and is written as predictions, with ``golds`` in turn as the right answers.
     """
 
     tasks = ("ARC-Easy", "openbookqa", "social_i_qa", "ARC-Challenge", "winogrande", "piqa", "boolq", "hellaswag")
@@ -44,7 +57,12 @@ class Runs:
         memory: tuple[int, str] = (2**29, "rss"),
         commit: str | None = COMMIT,
         breakdown: dict[str, dict[str, float]] | None = None,
+        right: Mapping[str, Sequence[bool]] | None = None,
+        golds: Sequence[str] = ("a", "b"),
     ) -> RunRecord:
+        if right is not None:
+            accuracies = {task: float(np.mean(answers)) for task, answers in right.items()}
+            items = {task: len(answers) for task, answers in right.items()}
         record = RunRecord.locate(self.root, experiment, scale, method, label, seed)
         if not isinstance(accuracies, dict):
             accuracies = dict.fromkeys(self.tasks, accuracies)
@@ -62,6 +80,14 @@ class Runs:
         record.write_results(Results(training, evaluations))
         if commit:
             write_json(record.path / "environment.json", {"train": {"git_commit": commit}})
+        if right is not None:
+            rows = [
+                asdict(Prediction(name, task, f"{task}/{i}", golds[i % len(golds)], None, bool(correct)))
+                for name in protocols
+                for task, answers in right.items()
+                for i, correct in enumerate(answers)
+            ]
+            append_jsonl(record.predictions_path, rows)
         record.set_status("finished", "evaluate")
         return record
 

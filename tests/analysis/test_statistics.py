@@ -189,7 +189,7 @@ def test_with_one_seed_the_exchange_of_items_is_mcnemars_test(pair):
     first, second = (np.array(right, dtype=int) for right in pair)
     p, (of_task,) = flip_items([first - second])
     expected = mcnemar_exact(first, second).p
-    assert p == of_task == pytest.approx(expected, abs=0.03)  # four deviations of the draw at most
+    assert p == of_task == pytest.approx(expected, abs=0.05)  # more than four deviations of the draw
 
 
 def test_items_are_exchanged_in_all_seeds_at_once():
