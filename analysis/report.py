@@ -1,7 +1,8 @@
 """Writes the tables and figures of the runs: ``python -m analysis.report --runs runs --out reports``.
 
 Each table becomes ``<out>/<experiment>/<scale>/<protocol>/<table>.{md,csv,tex}``, each figure
-``<figure>.{md,csv,pdf,svg,png}`` there; ``<out>/report.md`` holds them all. The same runs give the same bytes.
+``<figure>.{md,csv,pdf,svg,png}`` there; ``<out>/report.md`` holds them all. The same runs give the same bytes. The
+comparisons of methods and the verdict on the paper's claims alone read the answers item by item.
 """
 
 from __future__ import annotations
@@ -43,11 +44,13 @@ def write_report(
     scale: str | None = None,
     figures: bool = True,
     normalised: bool = False,
+    comparisons: bool = True,
 ) -> tuple[Path, str]:
     """Writes every table and figure and the report that holds them; returns the report's path and text.
 
     Args:
         normalised: divide every axis of a radar by its largest mean.
+        comparisons: compare the methods and judge the paper's claims.
 
     Raises:
         UserError: if there is no run at all, or a folder cannot be read or written.
@@ -57,6 +60,10 @@ def write_report(
     for experiment in experiments:
         runs, left_out = load_runs(runs_dir, experiment, scale) if runs_dir.is_dir() else ([], [])
         builds = [*TABLES[experiment]]
+        if comparisons:
+            from .comparisons import build as compared  # statsmodels takes a second to import
+
+            builds.append(partial(compared, experiment, runs_dir))
         if figures:
             builds += [partial(build, normalised=normalised) for build in FIGURES.get(experiment, ())]
         for document in [document for build in builds for document in build(runs, left_out, numbers)]:
@@ -121,6 +128,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--experiment", choices=tuple(TABLES), help="only this experiment")
     parser.add_argument("--scale", help="only this scale, such as smoke")
     parser.add_argument("--no-figures", action="store_true", help="tables only")
+    parser.add_argument("--no-comparisons", action="store_true", help="no tests and no verdict: faster")
     parser.add_argument(
         "--normalised",
         action="store_true",
@@ -137,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             *(arguments.runs, arguments.out, experiments, arguments.scale),
             figures=not arguments.no_figures,
             normalised=arguments.normalised,
+            comparisons=not arguments.no_comparisons,
         )
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")

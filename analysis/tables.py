@@ -107,15 +107,15 @@ def latex_page(page: Page) -> str:
 
 
 def heading(level: int, text: str) -> str:
-    return f"{'#' * level} {_plain(text)}\n"
+    return f"{'#' * level} {plain(text)}\n"
 
 
 def bullets(lines: Iterable[str]) -> str:
     """A Markdown list of plain texts."""
-    return "".join(f"- {_plain(line)}\n" for line in lines)
+    return "".join(f"- {plain(line)}\n" for line in lines)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Keeps Markdown from reading markup into names and messages, such as ``two_subspaces`` or ``<module>``."""
     # An underscore inside a word or a "<" before a digit is no markup: escaping it would only spoil the plain text.
     return re.sub(r"([\\|*`\[\]]|<(?=[A-Za-z/!?])|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
@@ -127,7 +127,7 @@ def _paragraphs(lines: Iterable[str]) -> str:
 
 def markdown_table(grid: Grid) -> str:
     """A pipe table, padded so that it also reads well as plain text."""
-    lines = [[_plain(cell) for cell in row] for row in (grid.headers, *grid.rows)]
+    lines = [[plain(cell) for cell in row] for row in (grid.headers, *grid.rows)]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(grid.headers))]
 
     def join(cells: Sequence[str]) -> str:

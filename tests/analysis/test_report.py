@@ -9,6 +9,8 @@ import sys
 
 from analysis.report import main
 
+COMPARISONS = ("comparisons", "verdict")
+
 
 def call(runs, out, *more):
     return main(["--runs", str(runs.root), "--out", str(out), *more])
@@ -24,7 +26,8 @@ def test_writes_and_prints_every_table(runs, tmp_path, capsys):
     assert call(runs, out) == 0
     files = contents(out)
     base = "commonsense_reasoning/smoke"
-    tables = {f"{base}/{protocol}/table4.{s}" for protocol in ("paper", "corrected") for s in ("md", "csv", "tex")}
+    pages = [f"{base}/{protocol}/{page}" for protocol in ("paper", "corrected") for page in (*COMPARISONS, "table4")]
+    tables = {f"{page}.{suffix}" for page in pages for suffix in ("md", "csv", "tex")}
     assert set(files) == tables | {"report.md"}
     report = files["report.md"].decode()
     for protocol in ("paper", "corrected"):
@@ -38,7 +41,7 @@ def test_writes_the_table_and_the_figure_of_visual_instruction(visual, tmp_path)
     assert call(visual, tmp_path) == 0
     base = "visual_instruction/smoke/exact"
     written = {name for name in contents(tmp_path) if name.startswith("visual_instruction")}
-    tables = {f"{base}/table5.{suffix}" for suffix in ("md", "csv", "tex")}
+    tables = {f"{base}/{page}.{suffix}" for page in (*COMPARISONS, "table5") for suffix in ("md", "csv", "tex")}
     assert written == tables | {f"{base}/figure5-smoke.{suffix}" for suffix in ("md", "csv", "pdf", "svg", "png")}
     report = (tmp_path / "report.md").read_text("utf-8")
     links = re.findall(r"\]\(([^)]+)\)", report)
@@ -59,6 +62,12 @@ def test_both_experiments_stand_in_one_report(runs, visual, tmp_path):
         report.index(f"## {title}: scale smoke") for title in ("Commonsense reasoning", "Visual instruction tuning")
     ]
     assert order == sorted(order)
+
+
+def test_comparisons_can_be_left_out(runs, tmp_path):
+    runs.add("lora")
+    assert call(runs, tmp_path / "out", "--no-comparisons") == 0
+    assert {name.split("/")[-1].split(".")[0] for name in contents(tmp_path / "out")} == {"report", "table4"}
 
 
 def test_matplotlib_is_loaded_for_a_figure_alone(runs, visual, tmp_path):
@@ -83,6 +92,8 @@ assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
 def test_same_runs_same_bytes(runs, visual, tmp_path):
     for seed in (3, 1, 2):
         runs.add("moslora", seed, accuracies=0.1 * seed, settings={"b": seed, "a": 1}, commit=f"{seed:040x}")
+        runs.add("lora", seed, right={task: [seed > i % 4 for i in range(20)] for task in runs.tasks})
+        runs.add("moslora_folded", seed, right={task: [seed > i % 3 for i in range(20)] for task in runs.tasks})
         visual.add("moslora", seed, accuracies=0.1 * seed)
     runs.add("dora").set_status("failed", "train")
     assert call(runs, tmp_path / "one") == 0
