@@ -58,8 +58,6 @@ def prepare(config: Config, record: RunRecord) -> Prepared:
     """
     check_prepared(config.data)
     accumulation(config.training)
-    # Before anything is drawn: the adapter's start, the order of the items and dropout all follow from the seed.
-    set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     train_set, validation_set = load_training(config.data, config.protocol, tokenizer)
     steps = total_steps(config.training, len(train_set))
@@ -79,6 +77,9 @@ def prepare(config: Config, record: RunRecord) -> Prepared:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.model.gradient_checkpointing)
     elif config.model.gradient_checkpointing:
         model.enable_input_require_grads()
+    # The adapter's start, the order of the items and dropout all follow from the seed, however the base was loaded:
+    # ZeRO-3 draws numbers of its own there.
+    set_seed(config.seed)
     model = attach(model, config.method, method_config)
     collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8, padding=True)
     return Prepared(model, train_set, validation_set, collator, arguments)

@@ -426,8 +426,9 @@ def test_two_processes_train_as_one(deterministic, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
-def test_zero_2_trains_as_one_process(deterministic, tmp_path):
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_zero_trains_as_one_process(deterministic, tmp_path, stage):
     main(deterministic)
-    sharded = having(deterministic, runs_dir=str(tmp_path / "sharded"), training__deepspeed="zero2")
+    sharded = having(deterministic, runs_dir=str(tmp_path / "sharded"), training__deepspeed=stage)
     launched(sharded, tmp_path, processes=2, DS_ACCELERATOR="cpu")
     close(sharded, deterministic)
