@@ -40,7 +40,10 @@ _WITHOUT_OUTPUT = (
 )
 
 # Overrides that say where or how a run is executed, or that have a folder level of their own: not part of its name.
-_NOT_IN_LABEL = ("method", "scale", "seed", "runs_dir", "dry_run", "on_finished", "run_name")
+_NOT_IN_LABEL = (
+    *("method", "scale", "seed", "runs_dir", "dry_run", "on_finished", "run_name"),
+    "training.keep_steps",  # the copies change nothing of what is trained
+)
 
 
 def register(schema: type) -> None:
@@ -114,7 +117,7 @@ def differences(config: Any, path: Path, ignore: Sequence[str] = ()) -> list[str
     """Settings in which ``config`` differs from one that :func:`dump` wrote to ``path``, as ``key was x, is y``.
 
     Args:
-        ignore: top-level keys that are not compared.
+        ignore: keys, or whole groups such as ``evaluation``, that are not compared.
     """
     try:
         before = OmegaConf.to_container(OmegaConf.load(path))
@@ -124,7 +127,7 @@ def differences(config: Any, path: Path, ignore: Sequence[str] = ()) -> list[str
     return [
         f"{key} was {was.get(key)}, is {now.get(key)}"
         for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key) and key.split(".", 1)[0] not in ignore
+        if was.get(key) != now.get(key) and not {key, key.split(".", 1)[0]} & set(ignore)
     ]
 
 

@@ -5,6 +5,7 @@
         environment.json    per stage: package versions, git commit, hardware, command line, start and end
         metrics.jsonl       one object a logged step: step, loss, learning_rate, tokens, seconds, peak_memory_bytes
         adapter/            PEFT format, safetensors
+        adapters/step-<n>/  copies of the adapter along the training, step-0 the start, if training.keep_steps is set
         results.json        training summary, and per evaluation {task: {metric, value, n, stderr, breakdown}}
         predictions.jsonl   one object an evaluated item: evaluation, task, id, gold, prediction, correct
         status.json         running | finished | failed, with stage and reason
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 STATES = ("running", "finished", "failed")
+_KEPT = re.compile(r"step-(\d+)")
 _PACKAGES = (
     "torch",
     "peft",
@@ -321,6 +323,16 @@ class RunRecord:
     @property
     def adapter_path(self) -> Path:
         return self.path / "adapter"
+
+    def kept_adapter_path(self, step: int) -> Path:
+        """Where a training keeps a copy of its adapter as it was after ``step`` optimiser steps."""
+        return self.path / "adapters" / f"step-{step}"
+
+    def kept_adapters(self) -> dict[int, Path]:
+        """Step -> folder of the copies of the adapter that were kept, the earliest first; step 0 is the start."""
+        folders = {path: _KEPT.fullmatch(path.name) for path in self.path.glob("adapters/*") if path.is_dir()}
+        found = {int(match[1]): path for path, match in folders.items() if match}
+        return dict(sorted(found.items()))
 
     @property
     def predictions_path(self) -> Path:

@@ -24,6 +24,7 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from . import launch
+from .adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from .count import accumulation_steps, optimiser_steps
 from .errors import UserError
 from .methods import MethodConfig
@@ -44,7 +45,7 @@ STAGE = "train"
 ON_FINISHED = ("refuse", "skip", "overwrite")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # A stopped run may go on with other values of these.
-_NOT_IN_TRAINING = ("evaluation", "runs_dir", "run_name", "on_finished", "dry_run")
+_NOT_IN_TRAINING = ("evaluation", "runs_dir", "run_name", "on_finished", "dry_run", "training.keep_steps")
 
 
 @dataclass
@@ -61,6 +62,8 @@ class TrainingConfig:
         group_by_length: batches of examples of similar length.
         eval_steps: steps between validations; null for none.
         save_steps: steps between resumable checkpoints; null for none.
+        keep_steps: steps between copies of the adapter that are kept with the run (``adapters/step-<n>/``), and one of
+            the start (``step-0``); null keeps none.
         load_best: keep the checkpoint of lowest validation loss instead of the last.
         workers: processes that load examples; 0 loads in the training process.
         deepspeed: a DeepSpeed configuration file, or a name below ``moslora_core/deepspeed``.
@@ -83,6 +86,7 @@ class TrainingConfig:
     eval_steps: int | None = None
     save_steps: int | None = None
     save_total_limit: int = 3
+    keep_steps: int | None = None
     load_best: bool = False
     workers: int = 0
     tensorboard: bool = False
@@ -201,6 +205,8 @@ def training_arguments(
     check_devices(training)
     if training.learning_rate <= 0:
         raise UserError(f"training.learning_rate must be positive, found {training.learning_rate}")
+    if training.keep_steps is not None and training.keep_steps < 1:
+        raise UserError(f"training.keep_steps must be positive or null, found {training.keep_steps}")
     if training.load_best and (not validates or training.eval_steps is None or training.save_steps is None):
         raise UserError("training.load_best needs data.validation_items, training.eval_steps and training.save_steps")
     evaluates = validates and training.eval_steps is not None
@@ -295,6 +301,22 @@ class AdaLoraBudget(TrainerCallback):
         tuner.base_model.update_and_allocate(state.global_step)
 
 
+class AdapterCopies(TrainerCallback):
+    """Keeps a copy of the adapter at the start and every so many steps."""
+
+    def __init__(self, every: int, keep: Callable[[int], None]):
+        self.every = every
+        self.keep = keep
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:  # not a resumed training, whose start is kept already
+            self.keep(0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            self.keep(state.global_step)
+
+
 def _callbacks(
     method: MethodConfig, training: TrainingConfig, record: RunRecord, stopwatch: Stopwatch
 ) -> list[TrainerCallback]:
@@ -331,7 +353,7 @@ class Prepared:
 
 
 def resume_point(record: RunRecord) -> str | None:
-    """Last complete checkpoint of a stopped run; the log is cut back to it."""
+    """Last complete checkpoint of a stopped run; the log and the kept adapters are cut back to it."""
     # Trainer writes its state last: a checkpoint without it was being written when the run was killed. It stays where
     # it is, since other processes may be looking too, until the resumed training writes it again.
     complete = {
@@ -342,18 +364,29 @@ def resume_point(record: RunRecord) -> str | None:
     step = max(complete, default=0)
     if is_main_process():
         repair_jsonl(record.metrics_path, keep=lambda row: row["step"] <= step)
+        for kept, folder in record.kept_adapters().items():
+            if kept > step:
+                shutil.rmtree(folder)
     return str(complete[step]) if complete else None
 
 
-def _save_adapter(trainer: Trainer, record: RunRecord) -> None:
-    """Saves the adapter beside its place and renames it: an ``adapter`` folder is always whole."""
+def _save_adapter(trainer: Trainer, record: RunRecord, folder: Path, bare: bool = False) -> None:
+    """Saves the adapter beside its place and renames it: an adapter's folder is always whole.
+
+    Args:
+        bare: configuration and weights alone, without what else transformers puts there (tokenizer, model card).
+    """
     temporary = record.path / ".adapter.partial"
     trainer.save_model(str(temporary))  # every process: sharded parameters are gathered here
     if is_main_process():
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says it all
-        if record.adapter_path.exists():
-            shutil.rmtree(record.adapter_path)
-        temporary.rename(record.adapter_path)
+        for path in list(temporary.iterdir()) if bare else ():
+            if path.name not in (CONFIG_NAME, WEIGHTS_NAME):
+                path.unlink()
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.parent.mkdir(exist_ok=True)
+        temporary.rename(folder)
 
 
 def _loraplus(model: PeftModel, method: MethodConfig, training: TrainingConfig) -> torch.optim.Optimizer | None:
@@ -401,11 +434,17 @@ def fit(method: MethodConfig, training: TrainingConfig, record: RunRecord, prepa
         optimizers=(_loraplus(model, method, training), None),
     )
     trainer.remove_callback(PrinterCallback)
+    if training.keep_steps is not None:
+
+        def keep(step: int) -> None:
+            _save_adapter(trainer, record, record.kept_adapter_path(step), bare=True)
+
+        trainer.add_callback(AdapterCopies(training.keep_steps, keep))
     output = trainer.train(resume_from_checkpoint=checkpoint)
     if not math.isfinite(output.training_loss):  # steps after the last logged one
         raise _diverged(output.global_step, "loss", output.training_loss)
     memory, kind = peak_memory()
-    _save_adapter(trainer, record)
+    _save_adapter(trainer, record, record.adapter_path)
     rows = record.metrics()
     losses = [row["loss"] for row in rows if "loss" in row]
     validation = [row["eval_loss"] for row in rows if "eval_loss" in row]

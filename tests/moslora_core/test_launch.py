@@ -71,6 +71,7 @@ def test_overrides_reach_main_as_the_schema(tmp_path):
         (("data.train_items=50",), "data.train_items=50"),
         (("protocol=paper",), "protocol=paper"),
         (("run_name=mine", "adapter.r=8"), "mine"),
+        (("training.keep_steps=5",), "default"),
     ],
 )
 def test_a_run_is_named_by_what_makes_it_another_run(arguments, label):
@@ -151,6 +152,7 @@ def test_differences_name_the_settings(tmp_path):
         "adapter.r was 4, is 8",
         "seed was 1, is 2",
     ]
+    assert launch.differences(other, path, ignore=("adapter.r", "evaluation", "run_name")) == ["seed was 1, is 2"]
     path.write_text("a: [")
     with pytest.raises(UserError, match=r"cannot read .*config\.yaml"):
         launch.differences(config, path)
