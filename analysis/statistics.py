@@ -30,7 +30,7 @@ from moslora_core.errors import UserError
 LEVEL = 0.95  # of every interval
 ALPHA = 0.05
 POWER = 0.8
-RESAMPLES = 2000  # of a bootstrap
+RESAMPLES = 1000  # of a bootstrap
 FLIPS = 4999  # of the permutation test by seed, where they are not enumerated
 EXCHANGES = 1999  # of items
 BELOW_CHANCE = 0.1  # a run with a task further below chance has collapsed
@@ -95,8 +95,13 @@ def estimate(values: ArrayLike, names: Sequence[str] | None = None) -> Estimate:
     if n == 1:
         return Estimate(mean, 1, None, None)
     sd = 0.0 if np.ptp(values) < 10**-_DECIMALS else float(values.std(ddof=1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / math.sqrt(n)
+    half = _quantile(n) * sd / math.sqrt(n)
     return Estimate(mean, n, sd, (mean - half, mean + half))
+
+
+@functools.cache
+def _quantile(n: int) -> float:
+    return float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
 
 
 def sign_flip(differences: ArrayLike) -> float | None:
@@ -178,8 +183,13 @@ def mcnemar_exact(first: ArrayLike, second: ArrayLike) -> Discordant:
     if first.shape != second.shape:
         raise ValueError(f"items of shapes {first.shape} and {second.shape} are no pairs")
     only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
-    table = [[int((first & second).sum()), only_first], [only_second, int((~first & ~second).sum())]]
-    return Discordant(only_first, only_second, float(mcnemar(table, exact=True).pvalue))
+    return Discordant(only_first, only_second, _mcnemar(only_first, only_second))
+
+
+@functools.cache
+def _mcnemar(only_first: int, only_second: int) -> float:
+    # The exact test is about the discordant items alone: those that both or neither got right do not enter it.
+    return float(mcnemar([[0, only_first], [only_second, 0]], exact=True).pvalue)
 
 
 def flip_items(tasks: Sequence[ArrayLike]) -> tuple[float, list[float]]:

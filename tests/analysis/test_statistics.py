@@ -55,6 +55,7 @@ def test_the_interval_is_scipys():
     assert estimate(MRPC).mean == pytest.approx(0.8944, abs=5e-5)
 
 
+@settings(deadline=None)
 @given(differences)
 def test_the_interval_excludes_zero_exactly_with_the_t_test(values):
     found = estimate(values)
@@ -98,6 +99,7 @@ def enumerated(values):
     return sum(abs(total) >= abs(sum(values)) for total in sums) / len(sums)
 
 
+@settings(deadline=None)
 @given(differences)
 def test_the_permutation_test_is_the_enumeration(values):
     assert sign_flip(values) == pytest.approx(enumerated(values))
@@ -109,6 +111,7 @@ def test_the_permutation_test_of_darwins_maize_is_fishers():
     assert found == pytest.approx(2 * 863 / 2**15, abs=4 * math.sqrt(0.0527 * 0.9473 / statistics.FLIPS))
 
 
+@settings(deadline=None)
 @given(differences)
 def test_exchanging_the_methods_flips_the_sign_alone(values):
     flipped = [-value for value in values]
@@ -157,6 +160,7 @@ rights = st.integers(1, 40).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(rights)
 def test_mcnemar_is_the_binomial_test_and_symmetric(pair):
     first, second = pair
@@ -293,6 +297,7 @@ def test_holm_is_statsmodels():
     assert list(holm(dict(enumerate(ps))).values()) == pytest.approx(expected)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=3), st.floats(0, 1), min_size=1, max_size=9))
 def test_holm_is_monotone_and_never_below_the_raw_p(ps):
     adjusted = holm(ps)
