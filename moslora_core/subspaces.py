@@ -36,12 +36,14 @@ class Factors:
         M: (r, r); the identity for plain LoRA, and for modules that have no mixer.
         B: (out, r).
         scaling: alpha / r, or alpha / sqrt(r) under rank-stabilised LoRA.
+        mixed: whether M is a mixer that the adapter has, learned or frozen, and not the identity of plain LoRA.
     """
 
     A: torch.Tensor
     M: torch.Tensor
     B: torch.Tensor
     scaling: float = 1.0
+    mixed: bool = True
 
     def __post_init__(self) -> None:
         rank = self.A.shape[0]
@@ -129,12 +131,12 @@ def _module_factors(config: Mapping, tensors: Mapping[str, torch.Tensor], module
 
     A = first("lora_A.weight", "lora_A.raw", "lora_embedding_A").double().flatten(1)
     B = _columns(first("lora_B.weight", "lora_B.raw", "lora_embedding_B").double(), rank=A.shape[0])
-    mixed = any(f"{module}.{part}.raw" in tensors for part in ("lora_A", "lora_B"))
-    if mixed or f"{module}.lora_mixer" in tensors:
+    mixed = any(f"{module}.{name}" in tensors for name in ("lora_A.raw", "lora_B.raw", "lora_mixer"))
+    if mixed:
         M = first("lora_B.mixer", "lora_A.mixer", "lora_mixer").double()
     else:
         M = torch.eye(A.shape[0], dtype=torch.float64)
-    return Factors(A, M, B, scaling_of(config, module.removeprefix(PREFIX), A.shape[0]))
+    return Factors(A, M, B, scaling_of(config, module.removeprefix(PREFIX), A.shape[0]), mixed)
 
 
 def _columns(B: torch.Tensor, rank: int) -> torch.Tensor:
@@ -219,6 +221,26 @@ def knock_out(factors: Factors, pairs: Iterable[tuple[int, int]]) -> torch.Tenso
             raise UserError(f"knock_out: subspace ({i}, {j}) lies outside 0..{factors.r - 1}, r is {factors.r}")
         mixer[i, j] = 0.0
     return mixer
+
+
+def subspaces_by_size(factors: Factors) -> list[tuple[int, int]]:
+    """The terms (i, j) of an update, largest |m_ij| |B_i| |A_j| first; the r diagonal ones alone for plain LoRA.
+
+    Terms of one size stand in the order of (i, j).
+    """
+    norms = rank_one_terms(factors).norms
+    pairs = [(i, j) for i in range(factors.r) for j in range(factors.r) if factors.mixed or i == j]
+    return sorted(pairs, key=lambda pair: -float(norms[pair]))
+
+
+def ranks_by_size(factors: Factors) -> list[int]:
+    """The ranks i of an update, largest first, by the norm of all terms' sizes in row i and column i of the mixer.
+
+    For plain LoRA, whose only term of rank i is B_i A_i, that is |B_i| |A_i|.
+    """
+    squares = rank_one_terms(factors).norms ** 2
+    sizes = squares.sum(dim=0) + squares.sum(dim=1) - squares.diagonal()
+    return sorted(range(factors.r), key=lambda i: -float(sizes[i]))
 
 
 def with_mixer(factors: Factors, mixer: torch.Tensor) -> Factors:
@@ -321,7 +343,11 @@ def principal_angles(P: torch.Tensor, Q: torch.Tensor, rtol: float | None = None
     P, Q = _matrix(P), _matrix(Q)
     if P.shape[0] != Q.shape[0]:
         raise UserError(f"principal_angles: {P.shape[0]} and {Q.shape[0]} rows; expected spaces of one dimension")
-    P, Q = orthonormal_basis(P, rtol), orthonormal_basis(Q, rtol)
+    return basis_angles(orthonormal_basis(P, rtol), orthonormal_basis(Q, rtol))
+
+
+def basis_angles(P: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
+    """:func:`principal_angles` between spaces given by orthonormal bases (n, p) and (n, q), in float64."""
     if P.shape[1] < Q.shape[1]:
         P, Q = Q, P
     overlap = P.T @ Q
@@ -370,8 +396,8 @@ def update_angles(first: Factors, second: Factors, rtol: float | None = None) ->
     if first.B.shape[0] != second.B.shape[0] or first.A.shape[1] != second.A.shape[1]:
         shapes = [(f.B.shape[0], f.A.shape[1]) for f in (first, second)]
         raise UserError(f"update_angles: updates are {shapes[0]} and {shapes[1]}; expected one module")
-    left, right = _thin_svd(first, rtol), _thin_svd(second, rtol)
-    return AdapterAngles(columns=principal_angles(left[0], right[0]), rows=principal_angles(left[1], right[1]))
+    one, other = update_bases(first, rtol), update_bases(second, rtol)
+    return AdapterAngles(columns=basis_angles(one[0], other[0]), rows=basis_angles(one[1], other[1]))
 
 
 def update_spectrum(factors: Factors) -> torch.Tensor:
@@ -386,7 +412,8 @@ def _core(factors: Factors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return left, factors.scaling * (upper_b @ factors.M @ upper_a.T), right
 
 
-def _thin_svd(factors: Factors, rtol: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+def update_bases(factors: Factors, rtol: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal bases of the column space (out, rank) and the row space (in, rank) of delta_W; see update_angles."""
     left, core, right = _core(factors)
     u, values, vt = torch.linalg.svd(core, full_matrices=False)
     if rtol is None:
