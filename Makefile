@@ -64,7 +64,7 @@ test: $(STAMP) ## ruff and the test suite
 .PHONY: dry-run
 dry-run: $(STAMP) ## parameters, memory and steps of the paper's runs, without weights or data
 	$(BIN)/python -m commonsense_reasoning.train -m scale=paper protocol=paper method=lora,moslora dry_run=true
-	$(BIN)/python -m visual_instruction.train -m scale=paper model=llama3_8b,internlm2_7b method=lora,moslora training.deepspeed=zero2 dry_run=true
+	$(BIN)/python -m visual_instruction.train -m scale=paper model=llama3_8b,internlm2_7b method=lora,moslora dry_run=true
 
 .PHONY: clean
 clean: ## remove runs, prepared data and reports (not the environment)
