@@ -220,7 +220,7 @@ def _csv_lines(
 def _panels(
     charts: Sequence[_Chart], drawn: Sequence[int], points: Sequence[Mapping[tuple[int, str], _Point]]
 ) -> list[Panel]:
-    looks = _looks([charts[0].rows[number] for number in drawn])
+    looks = looks_of([charts[0].rows[number] for number in drawn])
     panels = []
     for chart, of_chart in zip(charts, points, strict=True):
         lines = []
@@ -242,11 +242,15 @@ def _panels(
     return panels
 
 
-def _looks(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Colour and marker: LoRA's and MoSLoRA's own are the same in every figure, the others share out what is left."""
+def looks_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Colour and marker: LoRA's and MoSLoRA's own are the same in every figure, the others share out what is left.
+
+    There are as many as the palette has colours.
+    """
     plain = {row.method: number for number, row in reversed([*enumerate(rows)]) if not overrides(row)}
     fixed = {plain[method]: look for method, look in FIRST.items() if method in plain}
-    others = iter([look for look in LOOKS if look not in FIRST.values()])
+    free = [look for look in LOOKS if look not in fixed.values()]
+    others = iter(sorted(free, key=lambda look: look in FIRST.values()))
     return [fixed[number] if number in fixed else next(others) for number in range(len(rows))]
 
 

@@ -45,12 +45,14 @@ def write_report(
     figures: bool = True,
     normalised: bool = False,
     comparisons: bool = True,
+    subspaces: bool = False,
 ) -> tuple[Path, str]:
     """Writes every table and figure and the report that holds them; returns the report's path and text.
 
     Args:
         normalised: divide every axis of a radar by its largest mean.
         comparisons: compare the methods and judge the paper's claims.
+        subspaces: draw what the mixers do inside the adapters, which reads their weights.
 
     Raises:
         UserError: if there is no run at all, or a folder cannot be read or written.
@@ -66,6 +68,10 @@ def write_report(
             builds.append(partial(compared, experiment, runs_dir))
         if figures:
             builds += [partial(build, normalised=normalised) for build in FIGURES.get(experiment, ())]
+        if subspaces:
+            from .subspace_figures import build as inside  # it needs torch
+
+            builds.append(partial(inside, experiment, runs_dir))
         for document in [document for build in builds for document in build(runs, left_out, numbers)]:
             base = f"{experiment}/{document.folder}/{document.name}"
             for suffix, content in document.files().items():
@@ -127,7 +133,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("reports"), help="folder to write to (default: reports)")
     parser.add_argument("--experiment", choices=tuple(TABLES), help="only this experiment")
     parser.add_argument("--scale", help="only this scale, such as smoke")
-    parser.add_argument("--no-figures", action="store_true", help="tables only")
+    pictures = parser.add_mutually_exclusive_group()
+    pictures.add_argument("--no-figures", action="store_true", help="tables only")
+    pictures.add_argument(
+        "--subspaces",
+        action="store_true",
+        help="figures of the subspaces inside the adapters too: reads their weights",
+    )
     parser.add_argument("--no-comparisons", action="store_true", help="no tests and no verdict: faster")
     parser.add_argument(
         "--normalised",
@@ -146,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures=not arguments.no_figures,
             normalised=arguments.normalised,
             comparisons=not arguments.no_comparisons,
+            subspaces=arguments.subspaces,
         )
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -51,7 +51,11 @@ def setting_of(protocol: str) -> Callable[[Run], Setting]:
 
 def named_rows(runs: Iterable[Run], protocol: str, results_of: ResultsOf, tasks: Sequence[str]) -> list[Row]:
     """The rows with short names: what their setting says already is not said again."""
-    rows = rows_of(runs, results_of, tasks, setting_of(protocol))
+    return short_names(rows_of(runs, results_of, tasks, setting_of(protocol)))
+
+
+def short_names(rows: Sequence[Row]) -> list[Row]:
+    """``rows`` in the order of the tables, each under the shortest name that is its own within the setting."""
     short = [_name(row, overrides(row)) for row in rows]
     count = Counter((row.setting, name) for row, name in zip(rows, short, strict=True))
     named = [
@@ -62,7 +66,9 @@ def named_rows(runs: Iterable[Run], protocol: str, results_of: ResultsOf, tasks:
 
 
 def _name(row: Row, notes: Sequence[str]) -> str:
-    quantized = "" if row.setting.quantization == "none" else f", {row.setting.quantization.upper()}"
+    quantized = (
+        "" if row.setting is None or row.setting.quantization == "none" else f", {row.setting.quantization.upper()}"
+    )
     return row_name(row.method, notes) + quantized
 
 
@@ -72,7 +78,9 @@ def overrides(row: Row) -> list[str]:
         return []
     if "~" in row.label:  # cut short or with characters replaced: no list of overrides any more
         return [row.label]
-    named = {f"{key}={row.setting.base}" for key in ("base", "model", "model.name")}
-    named.add(f"model.quantization={row.setting.quantization}")
+    named = set()
+    if row.setting is not None:
+        named = {f"{key}={row.setting.base}" for key in ("base", "model", "model.name")}
+        named.add(f"model.quantization={row.setting.quantization}")
     left = [override for override in row.label.split(",") if override not in named]
     return [re.sub(r"^method\.mixer_init=", "", override) for override in left]
