@@ -59,7 +59,7 @@ report: $(STAMP) ## tables from the run records in RUNS
 test: $(STAMP) ## ruff and the test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 .PHONY: dry-run
 dry-run: $(STAMP) ## parameters, memory and steps of the paper's runs, without weights or data
