@@ -143,6 +143,13 @@ def loading(load: Callable[[], T], name: str) -> T:
     except _LOADING as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{name}: {reason}") from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):  # transformers' advice, which would leave weights at random
+            raise
+        raise UserError(
+            f"{name}: the weights have other shapes than its config.json says; expected a checkpoint and its own "
+            "configuration (the report above names the weights)"
+        ) from None
 
 
 def weights_dtype(name: str) -> torch.dtype | str:
