@@ -11,7 +11,6 @@ import argparse
 import io
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -75,7 +74,7 @@ def write_report(
         for document in [document for build in builds for document in build(runs, left_out, numbers)]:
             base = f"{experiment}/{document.folder}/{document.name}"
             for suffix, content in document.files().items():
-                _write(out / f"{base}.{suffix}", content)
+                write_atomic(out / f"{base}.{suffix}", content)
             files = ", ".join(f"[{suffix}]({base}.{suffix})" for suffix in document.files())
             sections.append(f"{document.section(base)}\nFiles: {files}\n")
         tabled = {run.scale for run in runs}
@@ -96,25 +95,6 @@ def _commands(experiment: str, scale: str) -> str:
     run = f"scale={scale} method=moslora seed=1"
     stages = {"prepare_data": f"scale={scale}", "train": run, "evaluate": run}
     return " && ".join(f"python -m {experiment}.{stage} {arguments}" for stage, arguments in stages.items())
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    """Writes ``path`` through a temporary sibling and a rename."""
-    if isinstance(content, str):
-        return write_atomic(path, content)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def _only_left_out(experiment: str, scale: str, left_out: Sequence[LeftOut]) -> str:

@@ -140,8 +140,8 @@ class Status:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path`` through a temporary sibling and a rename.
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes ``content``, text as UTF-8, to ``path`` through a temporary sibling and a rename.
 
     Raises:
         UserError: if the folder cannot be written to.
@@ -152,8 +152,8 @@ def write_atomic(path: Path, text: str) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; expected a writable folder") from None
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes private files; a record is for sharing

@@ -197,13 +197,6 @@ def _modules(name: str, tower: TowerConfig) -> str:
     return "|".join(re.escape(module) for module in tower.target_modules)
 
 
-def tower_of(name: str) -> str:
-    """Which part of a LLaVA the parameter ``name`` belongs to: ViT, projector or LLM."""
-    if VISION_TOWER in name:
-        return "ViT"
-    return "projector" if PROJECTOR in name else "LLM"
-
-
 def meta_llava(config: LlavaConfig) -> LlavaForConditionalGeneration:
     """A LLaVA on the meta device: shapes without weights."""
     with torch.device("meta"):

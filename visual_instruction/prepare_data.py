@@ -18,7 +18,6 @@ import json
 import logging
 import random
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from moslora_core.prepared import new_folder, sha256, write_manifest
 
 from . import smoke_world
 from .benchmarks.registry import BENCHMARKS, Benchmark
-from .benchmarks.tsv import REFERENCE_LENGTH, first_questions, load_image, read_tsv
+from .benchmarks.tsv import REFERENCE_LENGTH, first_questions, load_image, long_fields, read_tsv
 from .benchmarks.tsv import Item as Question
 from .config import CONF_MODULE, NOT_IN_LABEL, Config, DataConfig
 from .conversations import CHECK_IMAGES, ON_FAULT, Faults, Item, read_instructions, sound_items
@@ -78,8 +77,7 @@ def _describe(items: list[Item], faults: Faults) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, str]]:
-    csv.field_size_limit(sys.maxsize)  # an image is a longer field than csv expects
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file, long_fields():
         yield from csv.DictReader(file, delimiter="\t")
 
 

@@ -144,7 +144,7 @@ def digest(path: Path, items: Sequence[Item]) -> str:
 
 
 @contextmanager
-def _long_fields() -> Iterator[None]:
+def long_fields() -> Iterator[None]:
     """Lets csv read fields of any length (images), and sets its limit back for everyone else."""
     before = csv.field_size_limit(sys.maxsize)
     try:
@@ -156,7 +156,7 @@ def _long_fields() -> Iterator[None]:
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str], int]]:
     """Rows as (byte offset, columns without missing values, length of the image): base64 itself is dropped."""
     try:
-        with open(path, "rb") as file, _long_fields():
+        with open(path, "rb") as file, long_fields():
             lines = _Lines(file)
             reader = csv.reader(lines, delimiter="\t", strict=True)
             header = next(reader, [])
@@ -316,7 +316,7 @@ def load_image(item: Item) -> Image.Image:
 
 def _embedded(source: ImageSource) -> bytes:
     """The base64 of an image in its row."""
-    with open(source.path, "rb") as file, _long_fields():
+    with open(source.path, "rb") as file, long_fields():
         header = next(csv.reader(_Lines(file), delimiter="\t", strict=True))
         file.seek(source.offset)
         row = next(csv.reader((line.decode("utf-8") for line in file), delimiter="\t", strict=True))
