@@ -25,6 +25,8 @@ NOT_IN_LABEL = (
     "data.train_files",
     "data.test_file",
     "data.test_items",
+    "data.validation_file",
+    "data.validation_file_items",
     "data.tasks",
     "data.published_sizes",
     "model.cache_dir",
@@ -89,7 +91,10 @@ class DataConfig:
         tasks: the benchmarks to prepare, train's composition aside.
         train_items: number of training items drawn at random (seeded by ``subset_seed``) from the files; null for all.
         test_items: the first that many test items of each task; null for all.
-        validation_items: items held out of training, drawn with ``validation_seed``.
+        validation_file: file of a task's items to choose settings by (``evaluation.split=validation``) below ``path``,
+            null for none.
+        validation_file_items: the first that many of them, null for all; smoke: how many there are of each task.
+        validation_items: items held out of training for a validation loss, drawn with ``validation_seed``.
         cutoff: longest training sequence in tokens.
         published_sizes: require the published sizes of the test sets.
     """
@@ -102,6 +107,8 @@ class DataConfig:
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
     train_items: int | None = None
     test_items: int | None = None
+    validation_file: str | None = None
+    validation_file_items: int | None = None
     subset_seed: int = 0
     validation_items: int = 0
     validation_seed: int = 42
@@ -115,12 +122,14 @@ class EvaluationConfig:
 
     Attributes:
         mode: generate | loglikelihood | harness (lm-eval's own tasks; needs the hub).
+        split: test | validation: which files below ``data.dir``. Settings are chosen on validation alone.
         tasks: subset of ``data.tasks``; null for all.
         limit: first that many items of each task; null for all.
         chunk: items between two saves of a running evaluation.
     """
 
     mode: str = "generate"
+    split: str = "test"
     batch_size: int = 16
     tasks: list[str] | None = None
     limit: int | None = None

@@ -8,6 +8,7 @@ two of them meet in a table column:
     loglikelihood-paper, loglikelihood-corrected    the likeliest of the offered labels
     harness                                         lm-eval's own versions of the benchmarks (needs the hub)
 
+The first two have ``-validation`` at the end on the validation files (``evaluation.split=validation``).
 ``method=base`` evaluates the untrained model. A stopped evaluation goes on where it stopped.
 """
 
@@ -43,6 +44,7 @@ from .tasks import TASKS
 logger = logging.getLogger(__name__)
 
 MODES = ("generate", "loglikelihood", "harness")
+SPLITS = ("test", "validation")
 PROTOCOLS = ("paper", "corrected")
 
 
@@ -51,8 +53,10 @@ PROTOCOLS = ("paper", "corrected")
 
 def evaluation_name(config: Config) -> str:
     """Name of the evaluation in the run record; what may share a column of a table."""
-    mode = config.evaluation.mode
-    return mode if mode == "harness" else f"{mode}-{config.protocol.name}"
+    mode, split = config.evaluation.mode, config.evaluation.split
+    if mode == "harness":
+        return mode
+    return f"{mode}-{config.protocol.name}" + ("" if split == "test" else f"-{split}")
 
 
 def check(config: Config) -> list[str]:
@@ -64,6 +68,10 @@ def check(config: Config) -> list[str]:
     evaluation = config.evaluation
     if evaluation.mode not in MODES:
         raise UserError(f"evaluation.mode must be one of {', '.join(MODES)}, found {evaluation.mode!r}")
+    if evaluation.split not in SPLITS:
+        raise UserError(f"evaluation.split must be one of {', '.join(SPLITS)}, found {evaluation.split!r}")
+    if evaluation.mode == "harness" and evaluation.split != "test":
+        raise UserError("evaluation.mode=harness reads lm-eval's own data; evaluation.split=validation has none there")
     if config.protocol.name not in PROTOCOLS:
         raise UserError(f"protocol.name must be one of {', '.join(PROTOCOLS)}, found {config.protocol.name!r}")
     check_positive(
@@ -85,6 +93,7 @@ def settings(config: Config) -> dict[str, Any]:
     found: dict[str, Any] = {
         "mode": evaluation.mode,
         "protocol": config.protocol.name,
+        "split": evaluation.split,
         "limit": evaluation.limit,
         "batch_size": evaluation.batch_size,
         "model": model.path,
@@ -147,7 +156,7 @@ def _load_tasks(config: Config, names: Sequence[str]) -> dict[str, Any]:
     mode = config.evaluation.mode
     if mode == "harness":
         return harness.load_harness_tasks(names)
-    tasks = harness.load_tasks(mode, config.protocol.name, names, config.data.dir)
+    tasks = harness.load_tasks(mode, config.protocol.name, names, config.data.dir, config.evaluation.split)
     if mode == "generate":
         generation = {"num_beams": config.protocol.num_beams, "max_gen_toks": config.protocol.max_new_tokens}
         for task in tasks.values():
@@ -215,7 +224,7 @@ def main(config: Config) -> None:
     trained_adapter(record, config, EXPERIMENT)
     if config.evaluation.mode != "harness":
         for task in names:
-            read_items(config.data.dir, task)
+            read_items(config.data.dir, task, config.evaluation.split)
     with record.stage(STAGE):
         if is_base(config) and not record.config_path.exists():
             write_atomic(record.config_path, launch.dump(config))

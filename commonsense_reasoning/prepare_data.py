@@ -3,9 +3,10 @@
 Reads the LLM-Adapters collection from a local folder or from the hub, or generates the smoke world, checks it, and
 writes one folder that the other commands read:
 
-    train.json            items of the training mixture
-    test/<task>.json      items of each benchmark
-    manifest.json         sources with sha256, counts, label counts, duplicates, sha256 of what was written
+    train.json               items of the training mixture
+    test/<task>.json         items of each benchmark
+    validation/<task>.json   items to choose settings by, where there are any
+    manifest.json            sources with sha256, counts, label counts, duplicates, sha256 of what was written
 
 An item is {"id", "instruction", "input", "output", "answer"}; the id names file and row of the source.
 """
@@ -17,6 +18,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,17 @@ SOURCES = ("smoke", "folder", "hub")
 Item = dict[str, str]
 
 
-def test_file(task: str) -> str:
-    return f"test/{task}.json"
+@dataclass
+class Items:
+    """What a source holds: the training mixture, each task's items by split, and the digests of what was read."""
+
+    train: list[Item]
+    by_split: dict[str, dict[str, list[Item]]]
+    sources: dict[str, str]
+
+
+def items_file(split: str, task: str) -> str:
+    return f"{split}/{task}.json"
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -97,26 +108,46 @@ def _train_prefix(file: str) -> str:
     return Path(file).with_suffix("").as_posix()
 
 
-def _test_name(data: DataConfig, task: str) -> str:
+def _split_files(data: DataConfig) -> dict[str, dict[str, str]]:
+    """Split -> task -> file below ``data.path``."""
+    patterns = {"test": data.test_file, "validation": data.validation_file}
+    return {
+        split: {task: _file_of(f"data.{split}_file", pattern, task) for task in data.tasks}
+        for split, pattern in patterns.items()
+        if pattern is not None
+    }
+
+
+def _file_of(key: str, pattern: str, task: str) -> str:
     try:
-        return data.test_file.format(task=task)
+        return pattern.format(task=task)
     except (KeyError, IndexError, ValueError, AttributeError):
-        raise UserError(f"data.test_file={data.test_file}: the only placeholder is {{task}}") from None
+        raise UserError(f"{key}={pattern}: the only placeholder is {{task}}") from None
 
 
-def _read_folder(data: DataConfig) -> tuple[list[Item], dict[str, list[Item]], dict[str, str]]:
+def _prefix(split: str, task: str) -> str:
+    """A split's part of the ids; that of test items is the task alone."""
+    return task if split == "test" else f"{split}/{task}"
+
+
+def _read_folder(data: DataConfig) -> Items:
     if data.path is None:
         raise UserError("data.source=folder needs data.path: the folder of LLM-Adapters JSON files")
     root = Path(data.path)
     if not root.is_dir():
         raise UserError(f"data.path={data.path}: no such folder; expected the LLM-Adapters JSON files in it")
-    tests = {name: _test_name(data, name) for name in data.tasks}
+    splits = _split_files(data)
     train = [item for file in data.train_files for item in read_items(root / file, prefix=_train_prefix(file))]
-    test = {name: read_items(root / file, TASKS[name].labels, prefix=name) for name, file in tests.items()}
-    return train, test, {file: sha256(root / file) for file in [*data.train_files, *tests.values()]}
+
+    def read(split: str, task: str, file: str) -> list[Item]:
+        return read_items(root / file, TASKS[task].labels, _prefix(split, task))
+
+    found = {split: {task: read(split, task, file) for task, file in files.items()} for split, files in splits.items()}
+    names = [*data.train_files, *(file for files in splits.values() for file in files.values())]
+    return Items(train, found, {file: sha256(root / file) for file in names})
 
 
-def _read_hub(data: DataConfig) -> tuple[list[Item], dict[str, list[Item]], dict[str, str]]:
+def _read_hub(data: DataConfig) -> Items:
     """The same files from a dataset repository of the hub; the layout below the repository is that of a folder."""
     if data.path is None:
         raise UserError("data.source=hub needs data.path: the id of a dataset repository with the LLM-Adapters files")
@@ -130,22 +161,29 @@ def _read_hub(data: DataConfig) -> tuple[list[Item], dict[str, list[Item]], dict
             raise UserError(f"data.path={data.path}: cannot load {file} from the hub: {reason}") from None
         return _number(rows, f"{data.path}/{file}", labels, prefix)
 
+    splits = _split_files(data)
     train = [item for file in data.train_files for item in load(file, None, _train_prefix(file))]
-    test = {name: load(_test_name(data, name), TASKS[name].labels, name) for name in data.tasks}
-    return train, test, {"hub": data.path}
+    found = {
+        split: {task: load(file, TASKS[task].labels, _prefix(split, task)) for task, file in files.items()}
+        for split, files in splits.items()
+    }
+    return Items(train, found, {"hub": data.path})
 
 
-def _generate(data: DataConfig) -> tuple[list[Item], dict[str, list[Item]], dict[str, str]]:
+def _generate(data: DataConfig) -> Items:
     if data.train_items is None or data.test_items is None:
         raise UserError("data.source=smoke needs data.train_items and data.test_items")
     world = smoke_world.generate(data.subset_seed, data.train_items, data.test_items)
-    named = {
-        split: [{"id": f"{split}/{i}", **item} for i, item in enumerate(items)]
-        for split, items in world.items()
-        if split == smoke_world.TRAIN or split in data.tasks
-    }
-    train = named.pop(smoke_world.TRAIN)
-    return train, named, {"generated": f"smoke world, seed {data.subset_seed}"}
+    train = _named(smoke_world.TRAIN, world.pop(smoke_world.TRAIN))
+    found = {"test": {task: _named(task, world[task]) for task in data.tasks}}
+    if data.validation_file_items is not None:
+        validation = smoke_world.generate_validation(data.subset_seed, data.validation_file_items)
+        found["validation"] = {task: _named(_prefix("validation", task), validation[task]) for task in data.tasks}
+    return Items(train, found, {"generated": f"smoke world, seed {data.subset_seed}"})
+
+
+def _named(prefix: str, items: list[Item]) -> list[Item]:
+    return [{"id": f"{prefix}/{i}", **item} for i, item in enumerate(items)]
 
 
 _READERS = {"smoke": _generate, "folder": _read_folder, "hub": _read_hub}
@@ -157,8 +195,8 @@ def _key(item: Item) -> str:
     return " ".join(item["instruction"].split()).lower()
 
 
-def describe(train: list[Item], test: dict[str, list[Item]]) -> dict[str, Any]:
-    """Composition of the data: sizes, label counts, and duplicates within and between training and test."""
+def describe(train: list[Item], by_split: dict[str, dict[str, list[Item]]]) -> dict[str, Any]:
+    """Composition of the data: sizes, label counts, and duplicates within training and each split and between them."""
     train_keys = Counter(_key(item) for item in train)
 
     def labels(items: list[Item]) -> dict[str, int]:
@@ -170,14 +208,17 @@ def describe(train: list[Item], test: dict[str, list[Item]]) -> dict[str, Any]:
             "labels": labels(train),
             "duplicates": sum(count - 1 for count in train_keys.values()),
         },
-        "test": {
-            name: {
-                "items": len(items),
-                "labels": labels(items),
-                "duplicates": len(items) - len({_key(item) for item in items}),
-                "also_in_train": sum(_key(item) in train_keys for item in items),
+        **{
+            split: {
+                name: {
+                    "items": len(items),
+                    "labels": labels(items),
+                    "duplicates": len(items) - len({_key(item) for item in items}),
+                    "also_in_train": sum(_key(item) in train_keys for item in items),
+                }
+                for name, items in tasks.items()
             }
-            for name, items in test.items()
+            for split, tasks in by_split.items()
         },
     }
 
@@ -191,7 +232,7 @@ def _check_config(data: DataConfig) -> None:
         raise UserError(f"data.tasks is empty; expected some of {', '.join(TASKS)}")
     if data.source != "smoke" and not data.train_files:
         raise UserError("data.train_files is empty; name at least one file below data.path")
-    for name in ("train_items", "test_items"):
+    for name in ("train_items", "test_items", "validation_file_items"):
         if (count := getattr(data, name)) is not None and count < 1:
             raise UserError(f"data.{name} must be positive or null, found {count}")
 
@@ -205,28 +246,35 @@ def prepare(data: DataConfig) -> dict[str, Any]:
         UserError: for any bad input, before anything is written.
     """
     _check_config(data)
-    train, test, sources = _READERS[data.source](data)
+    found = _READERS[data.source](data)
     if data.published_sizes:
-        for name, items in test.items():
+        for name, items in found.by_split["test"].items():
             if len(items) != TASKS[name].test_items:
                 raise UserError(
                     f"{name}: {len(items)} test items, expected the published {TASKS[name].test_items}; "
                     "set data.published_sizes=false for another selection"
                 )
+    train = found.train
     if data.train_items is not None and data.source != "smoke":
         if data.train_items > len(train):
             raise UserError(f"data.train_items={data.train_items}: the training files hold {len(train)} items only")
         train = random.Random(data.subset_seed).sample(train, data.train_items)
-    if data.test_items is not None:
-        test = {name: items[: data.test_items] for name, items in test.items()}
+    limits = {"test": data.test_items, "validation": data.validation_file_items}
+    by_split = {
+        split: {task: items[: limits[split]] for task, items in tasks.items()}
+        for split, tasks in found.by_split.items()
+    }
     manifest = {
         "source": data.source,
-        "sources": sources,
+        "sources": found.sources,
         "subset": {"train_items": data.train_items, "test_items": data.test_items, "seed": data.subset_seed},
-        **describe(train, test),
+        **describe(train, by_split),
     }
+    files = {TRAIN_FILE: train}
+    for split, tasks in by_split.items():
+        files |= {items_file(split, task): items for task, items in tasks.items()}
     with new_folder(Path(data.dir)) as folder:
-        for name, items in {TRAIN_FILE: train, **{test_file(name): items for name, items in test.items()}}.items():
+        for name, items in files.items():
             path = folder / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(items, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -239,9 +287,11 @@ def prepare(data: DataConfig) -> dict[str, Any]:
 def main(config: Config) -> None:
     manifest = prepare(config.data)
     logger.info("train: %d items, %d duplicates", manifest["train"]["items"], manifest["train"]["duplicates"])
-    for name, entry in manifest["test"].items():
+    entries = [(split, *entry) for split in ("test", "validation") for entry in manifest.get(split, {}).items()]
+    for split, name, entry in entries:
         logger.info(
-            "%s: %d items, labels %s, %d duplicates, %d also in train",
+            "%s, %s: %d items, labels %s, %d duplicates, %d also in train",
+            split,
             name,
             entry["items"],
             entry["labels"],

@@ -2,9 +2,10 @@
 
 The world has sixteen things with six attributes each: 96 facts, fixed by :data:`WORLD_SEED`, because the committed
 base (``commonsense_reasoning/smoke_base``) was pretrained on them. What a benchmark item asks for is knowledge of the
-base; what fine-tuning adds is the instruction format. Training and test items therefore ask about disjoint facts
-(five things of every attribute are held out), and a tuned model can only be right on a test item by reading the
-instruction, recalling a fact that it was never tuned on, and naming the label of the option that states it.
+base; what fine-tuning adds is the instruction format. Training, validation and test items therefore ask about disjoint
+facts (of every attribute, five things are held out for testing and three for choosing settings), and a tuned model can
+only be right on a test item by reading the instruction, recalling a fact that it was never tuned on, and naming the
+label of the option that states it.
 
 The layout of an instruction is the one of the LLM-Adapters files, down to the blank lines between PIQA's solutions
 and WinoGrande's answer format on the line of its options; only the vocabulary is small.
@@ -23,7 +24,7 @@ from .tasks import OUTPUT_PREFIX, TASKS
 Item = dict[str, str]
 
 WORLD_SEED = 0
-HELD_OUT_THINGS = 5
+TEST_THINGS, VALIDATION_THINGS = 5, 3
 TRAIN = "train"
 # Of the ARC questions one in ten offers five answers (the real sets have a few).
 FIVE_WAY_EVERY = 10
@@ -67,18 +68,35 @@ def world_facts() -> list[Fact]:
     return facts
 
 
-def split_facts() -> tuple[list[Fact], list[Fact]]:
-    """Facts that training items ask about, and facts that test items ask about.
+@dataclass(frozen=True)
+class FactSplit:
+    """The facts that items of each kind ask about."""
+
+    train: list[Fact]
+    validation: list[Fact]
+    test: list[Fact]
+
+
+def split_facts() -> FactSplit:
+    """Disjoint facts for training, for choosing settings, and for testing.
 
     The split belongs to the world and not to the seed of :func:`generate`: training items of one seed never hold an
     answer to test items of another.
     """
     rng = random.Random(f"split/{WORLD_SEED}")
-    held_out = {(attribute, thing) for attribute in ATTRIBUTES for thing in rng.sample(THINGS, HELD_OUT_THINGS)}
-    train, test = [], []
+    tested = {attribute: rng.sample(THINGS, TEST_THINGS) for attribute in ATTRIBUTES}
+    rng = random.Random(f"validation/{WORLD_SEED}")
+    left = {attribute: [thing for thing in THINGS if thing not in tested[attribute]] for attribute in ATTRIBUTES}
+    validated = {attribute: rng.sample(things, VALIDATION_THINGS) for attribute, things in left.items()}
+    split = FactSplit([], [], [])
     for fact in world_facts():
-        (test if (fact.attribute, fact.thing) in held_out else train).append(fact)
-    return train, test
+        if fact.thing in tested[fact.attribute]:
+            split.test.append(fact)
+        elif fact.thing in validated[fact.attribute]:
+            split.validation.append(fact)
+        else:
+            split.train.append(fact)
+    return split
 
 
 def _item(instruction: str, answer: str) -> Item:
@@ -228,11 +246,21 @@ def generate(seed: int, train_items: int, test_items: int) -> dict[str, list[Ite
             f"train_items={train_items}, test_items={test_items}: at least {len(TASKS)} training items "
             "(one a task) and one test item a task are needed"
         )
-    train_facts, test_facts = split_facts()
+    facts = split_facts()
     share, remainder = divmod(train_items, len(TASKS))
     mixture = []
     for number, task in enumerate(TASKS):
-        mixture += _make(task, share + (number < remainder), train_facts, seed, TRAIN, unique=False)
+        mixture += _make(task, share + (number < remainder), facts.train, seed, TRAIN, unique=False)
     random.Random(f"mixture/{seed}").shuffle(mixture)
-    tests = {task: _make(task, test_items, test_facts, seed, "test", unique=True) for task in TASKS}
+    tests = {task: _make(task, test_items, facts.test, seed, "test", unique=True) for task in TASKS}
     return {TRAIN: mixture, **tests}
+
+
+def generate_validation(seed: int, items: int) -> dict[str, list[Item]]:
+    """Items of each task to choose settings by, under its name; neither training nor test asks about their facts.
+
+    Args:
+        items: a task, without repeats: at most about 50.
+    """
+    facts = split_facts().validation
+    return {task: _make(task, items, facts, seed, "validation", unique=True) for task in TASKS}

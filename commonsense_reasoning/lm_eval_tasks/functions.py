@@ -18,16 +18,17 @@ Item = dict[str, str]
 _FIELDS = ("id", "instruction", "input", "answer")
 
 
-def read_items(data_dir: str | Path, task: str) -> list[Item]:
-    """Test items of ``task`` in a folder that prepare_data wrote.
+def read_items(data_dir: str | Path, task: str, split: str = "test") -> list[Item]:
+    """Items of ``task`` in a folder that prepare_data wrote, of its test or its validation file.
 
     Raises:
         UserError: unprepared or damaged data.
     """
-    path = Path(data_dir) / "test" / f"{task}.json"
+    path = Path(data_dir) / split / f"{task}.json"
     if not path.is_file():
         raise UserError(
-            f"no test items at {path}; prepare them: python -m commonsense_reasoning.prepare_data with the same scale"
+            f"no {split} items at {path}; prepare them: python -m commonsense_reasoning.prepare_data "
+            "with the same scale"
         )
     rows = read_json(path)
     if not isinstance(rows, list) or not rows:
@@ -53,11 +54,14 @@ def labels(task: str, item: Item) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ task files
 
 
-def dataset(task: str, data_dir: str | None = None, **_: Any) -> dict[str, Dataset]:
-    """``custom_dataset``: the items of ``task`` in ``data_dir``, which ``--metadata`` gives to every task."""
+def dataset(task: str, data_dir: str | None = None, split: str = "test", **_: Any) -> dict[str, Dataset]:
+    """``custom_dataset``: the items of ``task`` in ``data_dir``, which ``--metadata`` gives to every task.
+
+    Those of ``split`` (test or validation) make the one data set that lm-eval is given, whatever it calls it.
+    """
     if data_dir is None:
         raise UserError('these tasks need --metadata \'{"data_dir": "<folder written by prepare_data>"}\'')
-    rows = read_items(data_dir, task)
+    rows = read_items(data_dir, task, split)
     columns = [{**{name: row[name] for name in _FIELDS}, "task": task, "choices": labels(task, row)} for row in rows]
     return {"test": Dataset.from_list(columns)}
 

@@ -101,9 +101,10 @@ def wrap(model, tokenizer, batch_size: int) -> CausalLM:
         return CausalLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
 
 
-def load_tasks(mode: str, protocol: str, names: Sequence[str], data_dir: str) -> dict[str, Task]:
+def load_tasks(mode: str, protocol: str, names: Sequence[str], data_dir: str, split: str = "test") -> dict[str, Task]:
     """This package's tasks of one protocol, by our names. Only the named ones need prepared data."""
-    manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=False, metadata={"data_dir": data_dir})
+    metadata = {"data_dir": data_dir, "split": split}
+    manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=False, metadata=metadata)
     specs = {name: f"llm_adapters_{mode}_{protocol}_{name}" for name in names}
     with without_expected_warnings():
         loaded = manager.load(list(specs.values()))["tasks"]

@@ -430,6 +430,30 @@ def test_what_was_scored_under_other_conditions_is_scored_again(
     assert len(predictions(record)) == 12
 
 
+# ---------------------------------------------------------------------------------------------------------- validation
+
+
+def test_validation_files_are_an_evaluation_of_their_own(make_config, trained, data_dir):
+    """Of other items, under another name: a setting chosen by it has not seen the test items."""
+    overrides = ["evaluation.tasks=[boolq]", "evaluation.split=validation"]
+    config = make_config(*overrides)
+    record = trained(config)
+    with pytest.raises(UserError, match=r"no validation items at .*validation/boolq\.json"):
+        evaluation.main(config)
+    rows = json.loads((data_dir / "test" / "boolq.json").read_text())[:3]
+    (data_dir / "validation").mkdir()
+    for number, row in enumerate(rows):
+        row["id"] = f"validation/boolq/{number}"
+    (data_dir / "validation" / "boolq.json").write_text(json.dumps(rows))
+    evaluation.main(config)
+    evaluation.main(make_config("evaluation.tasks=[boolq]"))
+    by_name = record.results().evaluations
+    assert list(by_name) == ["generate-corrected-validation", "generate-corrected"]
+    assert by_name["generate-corrected-validation"].tasks["boolq"].n == 3
+    told = {(row["evaluation"], row["id"]) for row in predictions(record)}
+    assert {row["id"] for row in rows} == {item for name, item in told if name == "generate-corrected-validation"}
+
+
 # ------------------------------------------------------------------------------------------------------------ mistakes
 
 
@@ -437,6 +461,7 @@ def test_what_was_scored_under_other_conditions_is_scored_again(
     "override, complaint",
     [
         ("evaluation.mode=guess", r"evaluation\.mode must be one of generate, loglikelihood, harness, found 'guess'"),
+        ("evaluation.split=train", r"evaluation\.split must be one of test, validation, found 'train'"),
         ("evaluation.batch_size=0", r"evaluation\.batch_size must be positive, found 0"),
         ("evaluation.chunk=-1", r"evaluation\.chunk must be positive"),
         ("evaluation.limit=0", r"evaluation\.limit must be positive"),
@@ -452,6 +477,11 @@ def test_a_wrong_setting_is_told_in_a_line(override, complaint, make_config, tra
         evaluation.main(config)
     assert "\n" not in str(raised.value)
     assert not evaluation.locate(config).path.exists()
+
+
+def test_the_harness_has_no_validation_files(make_config):
+    with pytest.raises(UserError, match=r"evaluation\.split=validation has none there"):
+        evaluation.check(make_config("evaluation.mode=harness", "evaluation.split=validation"))
 
 
 def test_a_task_outside_the_prepared_ones_is_unknown(make_config):

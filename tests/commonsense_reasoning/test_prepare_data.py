@@ -90,6 +90,17 @@ def test_a_folder_is_read_counted_and_written(data, source):
     assert [path.name for path in out.parent.iterdir()] == ["data"], "no temporary folder stays"
 
 
+def test_validation_files_are_read_limited_and_counted(data, source):
+    (source / "boolq" / "validation.json").write_text(json.dumps(TEST))
+    data.validation_file, data.validation_file_items = "{task}/validation.json", 3
+    manifest = prepare(data)
+    rows = json.loads(Path(data.dir, "validation/boolq.json").read_text())
+    assert rows == [{"id": f"validation/boolq/{i}", **row} for i, row in enumerate(TEST[:3])]
+    assert manifest["validation"]["boolq"]["items"] == 3
+    assert manifest["sources"]["boolq/validation.json"] == sha256(source / "boolq/validation.json")
+    assert manifest["files"]["validation/boolq.json"] == sha256(Path(data.dir, "validation/boolq.json"))
+
+
 def test_files_of_one_name_keep_their_ids_apart(data, source):
     for task in ("piqa", "boolq"):
         (source / task).mkdir(exist_ok=True)
@@ -128,7 +139,12 @@ def test_an_unreachable_hub_is_told_in_a_line(data, monkeypatch):
 
 def test_the_smoke_world_is_written_as_generated(tmp_path):
     data = DataConfig(
-        dir=str(tmp_path / "smoke"), source="smoke", train_items=40, test_items=5, tasks=["piqa", "boolq"]
+        dir=str(tmp_path / "smoke"),
+        source="smoke",
+        train_items=40,
+        test_items=5,
+        validation_file_items=4,
+        tasks=["piqa", "boolq"],
     )
     manifest = prepare(data)
     world = smoke_world.generate(0, 40, 5)
@@ -139,6 +155,9 @@ def test_the_smoke_world_is_written_as_generated(tmp_path):
     assert manifest["train"]["labels"] == Counter(row["answer"] for row in world["train"])
     assert manifest["test"]["boolq"]["also_in_train"] == 0
     assert len({row["id"] for row in train}) == 40
+    validation = json.loads((tmp_path / "smoke" / "validation" / "piqa.json").read_text())
+    expected = smoke_world.generate_validation(0, 4)["piqa"]
+    assert validation == [{"id": f"validation/piqa/{i}", **item} for i, item in enumerate(expected)]
 
 
 def test_a_subset_is_drawn_by_its_seed(data):
@@ -217,6 +236,7 @@ def test_a_bad_file_is_named(data, source, content, expected):
         ({"train_files": []}, "data.train_files is empty"),
         ({"train_files": ["absent.json"]}, "absent.json"),
         ({"test_file": "{name}.json"}, "data.test_file={name}.json: the only placeholder is {task}"),
+        ({"validation_file": "{0}.json"}, "data.validation_file={0}.json: the only placeholder is {task}"),
         ({"train_items": 6}, "data.train_items=6: the training files hold 5 items only"),
         ({"train_items": 0}, "data.train_items must be positive or null, found 0"),
         ({"test_items": -1}, "data.test_items must be positive or null, found -1"),

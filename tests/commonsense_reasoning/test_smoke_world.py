@@ -9,11 +9,13 @@ import pytest
 
 from commonsense_reasoning.smoke_world import (
     ATTRIBUTES,
-    HELD_OUT_THINGS,
+    TEST_THINGS,
     THINGS,
     TRAIN,
+    VALIDATION_THINGS,
     Fact,
     generate,
+    generate_validation,
     split_facts,
     world_facts,
 )
@@ -63,10 +65,28 @@ def test_world_gives_every_thing_one_value_of_every_attribute() -> None:
 
 
 def test_split_is_disjoint_and_holds_out_the_same_number_of_every_attribute() -> None:
-    train, test = split_facts()
-    assert not set(train) & set(test)
-    assert set(train) | set(test) == set(world_facts())
-    assert Counter(fact.attribute for fact in test) == dict.fromkeys(ATTRIBUTES, HELD_OUT_THINGS)
+    split = split_facts()
+    # Each fact is in one part.
+    assert Counter([*split.train, *split.validation, *split.test]) == Counter(world_facts())
+    assert Counter(fact.attribute for fact in split.test) == dict.fromkeys(ATTRIBUTES, TEST_THINGS)
+    assert Counter(fact.attribute for fact in split.validation) == dict.fromkeys(ATTRIBUTES, VALIDATION_THINGS)
+
+
+def test_validation_items_ask_about_facts_of_their_own() -> None:
+    split = split_facts()
+
+    def told(facts) -> set[tuple[str, str]]:
+        return {(fact.thing, fact.attribute) for fact in facts}
+
+    validation = generate_validation(seed=3, items=20)
+    assert {len(items) for items in validation.values()} == {20}
+    for task in ("boolq", "piqa", "openbookqa"):  # their questions name one thing and its attribute
+        for item in validation[task]:
+            question = item["instruction"].split("\n\n")[0]
+            named = {(t, a) for t in THINGS for a in ATTRIBUTES if re.search(rf"\b{t}\b", question) and a in question}
+            assert named <= told(split.validation), question
+            assert not named & told([*split.train, *split.test])
+    assert generate_validation(3, 5) != generate_validation(4, 5)
 
 
 def test_sizes(data) -> None:
