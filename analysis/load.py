@@ -23,7 +23,8 @@ class Run:
     """One run with finished evaluations. ``path`` is relative to the folder of runs; ``evaluations`` maps protocols.
 
     ``stopped`` says how a later stage ended that did not finish; None if all is well. ``evaluation_names`` maps
-    protocols to the names under which the predictions stand.
+    protocols to the names under which the predictions stand. ``rate`` is the learning rate that a study chose for the
+    run's arm, with its key, where the label does not name it.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Run:
     commits: frozenset[str]
     stopped: str | None = None
     evaluation_names: dict[str, str] = field(default_factory=dict)
+    rate: str | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from moslora_core.record import TaskResult
 
-from .aggregate import Row, Summary
+from .aggregate import Row, Summary, row_name
 from .load import LeftOut, Run
 from .paper import PaperTable
 from .paper_block import paper_lines
@@ -187,8 +187,18 @@ def facts(runs: Sequence[Run], rows: Sequence[Row], protocol: str, columns: Colu
         "Cells are the mean ± the sample standard deviation over the seeds.",
         "Items per task: " + (", ".join(f"{columns.titles[t]} {either(n)}" for t, n in items.items()) or "none") + ".",
         f"Peak memory: {', '.join(memory) or 'not measured'}.",
+        *rates_fact(runs),
         commits_fact(runs),
     ]
+
+
+def rates_fact(runs: Sequence[Run]) -> list[str]:
+    """The learning rates that a study chose for the rows; nothing where the labels name all settings."""
+    chosen = {
+        row_name(run.method, [] if run.label == "default" else [run.label]): run.rate for run in runs if run.rate
+    }
+    rates = ", ".join(f"{name} {rate.partition('=')[2]}" for name, rate in sorted(chosen.items()))
+    return [f"Learning rates, each chosen on validation items for its row: {rates}."] if chosen else []
 
 
 def metric_fact(runs: Sequence[Run], protocol: str, columns: Columns) -> str:

@@ -54,6 +54,7 @@ from {experiment}.config import Config
 from {experiment}.train import main
 from moslora_core import launch
 main(launch.instantiate(Config, OmegaConf.load(sys.argv[1])))
+launch.end_process()
 """
 
 
@@ -66,12 +67,13 @@ def launched(experiment: str, config: Any, folder: Path, processes: int, **envir
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
         [*command, str(script), str(settings)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
+        | environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
 
 
 def assert_close(first: RunRecord, second: RunRecord, steps: int) -> None:
