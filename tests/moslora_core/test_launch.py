@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -156,3 +157,20 @@ def test_differences_name_the_settings(tmp_path):
     path.write_text("a: [")
     with pytest.raises(UserError, match=r"cannot read .*config\.yaml"):
         launch.differences(config, path)
+
+
+def test_one_of_several_processes_ends_without_finalising(tmp_path):
+    """Its buffers are written, and what waits for the interpreter's end is not called: it could abort there."""
+    code = (
+        "import atexit, sys; from moslora_core import launch; atexit.register(print, 'finalised');"
+        "sys.stdout.write('done '); launch.end_process()"
+    )
+
+    def told(**environment: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True
+        )
+        return done.returncode, done.stdout
+
+    assert told(WORLD_SIZE="2") == (0, "done ")
+    assert told(WORLD_SIZE="1") == (0, "done finalised\n")
