@@ -31,24 +31,27 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, setting: str = "data.dir") -> Iterator[Path]:
     """An empty folder to fill, which takes the place of ``target`` when the block ends without an error.
 
-    An earlier ``target`` stays as it is until then, and is replaced only if it is empty or holds prepared data.
+    An earlier ``target`` stays as it is until then, and is replaced only if it is empty or has a manifest.
+
+    Args:
+        setting: what names the folder, for errors.
 
     Raises:
         UserError: a target that cannot be written or that holds something else.
     """
-    _refuse_other(target)  # at once: filling may take hours
+    _refuse_other(target, setting)  # at once: filling may take hours
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     except OSError as error:
-        raise UserError(f"data.dir={target}: cannot write: {error.strerror}") from None
+        raise UserError(f"{setting}={target}: cannot write: {error.strerror}") from None
     try:
         yield temporary
         os.chmod(temporary, 0o755)
-        _refuse_other(target)
+        _refuse_other(target, setting)
         if target.exists():
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
                 target.rename(Path(aside) / "replaced")  # removed only when the new folder has its place
@@ -56,18 +59,18 @@ def new_folder(target: Path) -> Iterator[Path]:
         else:
             temporary.rename(target)
     except OSError as error:
-        raise UserError(f"data.dir={target}: cannot write: {error.strerror}") from None
+        raise UserError(f"{setting}={target}: cannot write: {error.strerror}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _refuse_other(target: Path) -> None:
+def _refuse_other(target: Path, setting: str) -> None:
     try:
         other = target.exists() and not (target / MANIFEST_FILE).exists() and any(target.iterdir())
     except OSError as error:
-        raise UserError(f"data.dir={target}: cannot write: {error.strerror}") from None
+        raise UserError(f"{setting}={target}: cannot write: {error.strerror}") from None
     if other:
-        raise UserError(f"data.dir={target} holds something else; expected prepared data or no such folder")
+        raise UserError(f"{setting}={target} holds something else; expected a manifest in it or no such folder")
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any], summarised: Sequence[str] = ()) -> dict[str, Any]:

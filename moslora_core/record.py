@@ -8,6 +8,7 @@
         adapters/step-<n>/  copies of the adapter along the training, step-0 the start, if training.keep_steps is set
         results.json        training summary, and per evaluation {task: {metric, value, n, stderr, breakdown}}
         predictions.jsonl   one object an evaluated item: evaluation, task, id, gold, prediction, correct
+                            (predictions.jsonl.gz in a record that is kept without its adapter)
         status.json         running | finished | failed, with stage and reason
 
 Every file but the growing ``*.jsonl`` logs is written to a temporary file and renamed, so that a reader (or a resumed
@@ -16,6 +17,7 @@ run) never meets half of one. A line torn by a kill is recognised and dropped; d
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import logging
@@ -28,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -206,16 +209,28 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
+def read_log(path: Path) -> bytes:
+    """The bytes of a log, decompressed where its name ends in ``.gz``.
+
+    Raises:
+        UserError: if it cannot be read, or is no gzip file though its name says so.
+    """
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is damaged: expected a gzip file, found {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Reads a log written by :func:`append_jsonl`; a last line without its newline was torn by a kill and is dropped.
 
     Raises:
         UserError: if any other line is not a JSON object.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")  # bytes: a line may be torn inside a character
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    lines = read_log(path).split(b"\n")  # bytes: a line may be torn inside a character
     rows = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
@@ -338,6 +353,11 @@ class RunRecord:
     def predictions_path(self) -> Path:
         return self.path / "predictions.jsonl"
 
+    def predictions_file(self) -> Path | None:
+        """The predictions as they are there, plain or compressed."""
+        compressed = self.predictions_path.with_name(f"{self.predictions_path.name}.gz")
+        return next((path for path in (self.predictions_path, compressed) if path.exists()), None)
+
     @property
     def checkpoints_path(self) -> Path:
         """Trainer's resumable state; removed once the training has finished."""
@@ -409,7 +429,8 @@ class RunRecord:
         self.partial_predictions_path(name).unlink(missing_ok=True)
 
     def predictions(self) -> list[dict[str, Any]]:
-        return read_jsonl(self.predictions_path) if self.predictions_path.exists() else []
+        path = self.predictions_file()
+        return [] if path is None else read_jsonl(path)
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_jsonl(self.metrics_path) if self.metrics_path.exists() else []

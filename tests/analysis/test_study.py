@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,13 @@ from hydra import compose, initialize_config_module
 
 from analysis import rates_figure
 from analysis.load import load_runs
+from analysis.results import main as main_results
 from analysis.study import Runner, jobs_of, listing, main
 from analysis.study_plan import COMPARISON, DONE, FAILED, GRID, MISSING, Progress, choose, read_study
 from analysis.study_view import missing, study_runs
 from moslora_core import launch
 from moslora_core.errors import UserError
-from moslora_core.record import Evaluation, TaskResult, Training
+from moslora_core.record import Evaluation, Prediction, RunRecord, TaskResult, Training, append_jsonl
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "analysis" / "studies").glob("*.yaml"))
@@ -390,3 +392,37 @@ def test_the_figure_of_the_rates_has_the_numbers_and_the_same_bytes(define, tmp_
     lora = {row["rate"]: (row["mean"], row["chosen"]) for row in found if row["arm"] == "lora"}
     assert lora == {"0.001": ("25.0", "0"), "0.002": ("75.0", "1"), "0.004": ("50.0", "0")}
     assert "zero" not in {row["arm"] for row in found}
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def test_kept_results_are_small_records_that_show_the_same(define, tmp_path, capsys):
+    study, runs_dir, out = define(), tmp_path / "runs", tmp_path / "results"
+    progress = finish_all(study, runs_dir, lambda arm, rate: 0.5 - abs(rate - 0.002))
+    compared = next(run for run in progress.runs if run.part == COMPARISON).record(runs_dir)
+    tried = next(run for run in progress.runs if run.part == GRID).record(runs_dir)
+    for record, evaluation in ((compared, "exact"), (tried, "exact-validation")):
+        (record.path / "adapter").mkdir()
+        (record.path / "adapter" / "adapter_model.safetensors").write_bytes(b"0" * 10**6)
+        row = asdict(Prediction(evaluation, "task", "task/0", "a", "a", True, response="a long response"))
+        append_jsonl(record.predictions_path, [row])
+    for _ in range(2):  # the second takes the place of the first
+        assert main_results(["--runs", str(runs_dir), "--out", str(out), str(study.path)]) == 0
+    assert sum(path.stat().st_size for path in out.rglob("*")) < 10**6
+    again = Progress(study, out)
+    assert again.of_state(MISSING) == [] and again.choices == progress.choices
+    shown, kept = (
+        study_runs(of, *load_runs(of.runs_dir, study.experiment))[0] for of in (progress, again)
+    )  # fmt: skip
+    assert shown == kept
+    (row,) = RunRecord(out / compared.path.relative_to(runs_dir)).predictions()
+    assert row["correct"] is True and "response" not in row
+    assert RunRecord(out / tried.path.relative_to(runs_dir)).predictions() == []
+
+
+def test_an_unfinished_study_has_no_results_to_keep(define, tmp_path, capsys):
+    study = define()
+    assert main_results(["--runs", str(tmp_path), "--out", str(tmp_path / "results"), str(study.path)]) == 2
+    assert "runs of the study toy are missing" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()

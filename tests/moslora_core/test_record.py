@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -106,6 +107,21 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
     assert repair_jsonl(path, keep=lambda row: row["step"] < 2) == [{"step": 1, "text": "é"}]
     append_jsonl(path, [{"step": 9}])
     assert read_jsonl(path) == [{"step": 1, "text": "é"}, {"step": 9}]
+
+
+def test_predictions_are_read_plain_or_compressed(tmp_path):
+    record = RunRecord(tmp_path)
+    assert record.predictions() == []
+    line = b'{"task": "boolq"}\n'
+    compressed = tmp_path / "predictions.jsonl.gz"
+    compressed.write_bytes(gzip.compress(line))
+    assert record.predictions_file() == compressed and record.predictions() == [{"task": "boolq"}]
+    for damage in (line, gzip.compress(line)[:-9]):
+        compressed.write_bytes(damage)
+        with pytest.raises(UserError, match=r"predictions\.jsonl\.gz is damaged: expected a gzip file"):
+            record.predictions()
+    record.predictions_path.write_bytes(line * 2)  # the plain one is the one that evaluations write
+    assert len(record.predictions()) == 2
 
 
 @pytest.mark.parametrize("damage", [b"{torn", b"[1]", b"\xff\xfe", b""])
