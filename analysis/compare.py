@@ -32,7 +32,7 @@ from .statistics import (
     flip_items,
     holm,
     mcnemar_exact,
-    sign_flip,
+    sign_flips,
     wilcoxon,
 )
 from .task_table import differing_settings
@@ -328,11 +328,11 @@ def _tested(
         values: differences of the table's numbers, (seeds, tasks).
         rights: for each task whether the arms were right, (seeds, 2, items); None without answers.
     """
-    columns = [values.mean(axis=1), *values.T]
+    columns = np.column_stack([values.mean(axis=1), values])
+    mean, *of_tasks = (_by_seed(column, seeds, p) for column, p in zip(columns.T, sign_flips(columns), strict=True))
     if len(seeds) < 2:
-        mean, *of_tasks = (_by_seed(column, seeds) for column in columns)
         return mean, of_tasks
-    items = [None if right is None else right[:, 0].astype(int) - right[:, 1] for right in rights]
+    items = [None if right is None else right[:, 0].astype(np.int8) - right[:, 1] for right in rights]
     fits = [
         of_task is not None and bool(np.allclose(of_task.mean(axis=1), column, rtol=0, atol=1e-9))
         for of_task, column in zip(items, values.T, strict=True)
@@ -345,19 +345,19 @@ def _tested(
     left = iter(ps)
     of_tasks = [
         replace(
-            _by_seed(column, seeds),
+            of_seeds,
             interval=interval,
             p_item=None if of_task is None else next(left),
             items=None if of_task is None else of_task.shape[1],
             adds_up=of_task is None or fit,
         )
-        for column, interval, of_task, fit in zip(values.T, intervals, items, fits, strict=True)
+        for of_seeds, interval, of_task, fit in zip(of_tasks, intervals, items, fits, strict=True)
     ]
     all_paired = len(paired) == len(items)
     mean = replace(
-        _by_seed(columns[0], seeds),
+        mean,
         interval=of_mean,
-        p_wilcoxon=wilcoxon(columns[0]),
+        p_wilcoxon=wilcoxon(columns[:, 0]),
         p_item=p_mean if all_paired else None,
         items=sum(of_task.shape[1] for of_task in paired) if all_paired else None,
         adds_up=not all_paired or all(fits),
@@ -365,12 +365,12 @@ def _tested(
     return mean, of_tasks
 
 
-def _by_seed(values: np.ndarray, seeds: Sequence[int]) -> Difference:
+def _by_seed(values: np.ndarray, seeds: Sequence[int], p: float | None) -> Difference:
     found = estimate(values)
     return Difference(
         values=dict(zip(seeds, map(float, values), strict=True)),
         by_seed=found,
-        p_seed=sign_flip(values),
+        p_seed=p,
         detectable=detectable(found.sd, found.n),
     )
 
