@@ -19,6 +19,7 @@ from moslora_core.record import TaskResult
 
 from . import claims
 from .aggregate import Row
+from .arms import Key, contexts, find, parts_of, split
 from .items import Answers, Reader
 from .load import REFERENCES, Run
 from .statistics import (
@@ -43,8 +44,6 @@ CONTROLS = ("moslora_folded", "moslora_frozen", "lora_scaled", "two_subspaces")
 # No answer depends on the first; the others name files, or versions that a note is enough for.
 NO_CONDITIONS = ("batch_size", "sources", "model_name", "judged")
 VERSIONS = ("lm_eval", "transformers", "peft")
-# Overrides that belong to all methods of a comparison: the protocol and the base model.
-CONTEXT = ("protocol", "base", "model", "model.name", "model.quantization")
 _RANK = re.compile(r"adapter\.r=\d+")
 
 
@@ -160,27 +159,9 @@ def pairs(arms: Sequence[Arm], statements: Iterable[claims.Statement] = ()) -> l
     return list(found.values())
 
 
-def split(label: str) -> tuple[str, str]:
-    """The overrides that set a method apart, and those that name the conditions of a whole table (its context)."""
-    parts = [] if label == "default" or "~" in label else label.split(",")
-    context = [part for part in parts if part.split("=")[0] in CONTEXT]
-    rest = [part for part in parts if part not in context]
-    return ",".join(rest) or ("default" if "~" not in label else label), ",".join(context)
-
-
-def contexts(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """The distinct contexts of rows, given as (method, label), in their order."""
-    return list(dict.fromkeys(split(label)[1] for _, label in rows))
-
-
-def present(rows: Iterable[tuple[str, str]], side: claims.Arm, context: str) -> tuple[str, str] | None:
+def present(rows: Iterable[Key], side: claims.Arm, context: str) -> Key | None:
     """The row, (method, label), that is the arm of a claim in this context; None if there is none."""
-    have = {split(label)[0]: (method, label) for method, label in rows if _is_in(method, label, side, context)}
-    return next((have[label] for label in side.labels if label in have), None)
-
-
-def _is_in(method: str, label: str, side: claims.Arm, context: str) -> bool:
-    return method == side.method and split(label)[1] == context
+    return find(rows, side.method, side.labels, context)
 
 
 def _is_rank(label: str, context: str) -> bool:
@@ -196,7 +177,7 @@ def _without_method(label: str) -> str:
     """The label of the same overrides without those of the method; a shortened label is no list of overrides."""
     if "~" in label:
         return label
-    return ",".join(part for part in label.split(",") if not part.startswith("method.")) or "default"
+    return ",".join(part for part in parts_of(label) if not part.startswith("method.")) or "default"
 
 
 # ----------------------------------------------------------------------------------------------------------- one pair

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .aggregate import Row, Setting
+from .arms import contexts, split
 from .claims import Arm, Statement, paper_gap
-from .compare import Comparison, contexts, present, split
+from .compare import Comparison, present
 from .formats import interval, p_value, points
 from .load import REFERENCES
 from .paper import PaperNumbers
