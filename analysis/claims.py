@@ -41,12 +41,16 @@ SCALED = Arm("LoRA, scaled as the mixer's start scales", "lora_scaled")
 
 @dataclass(frozen=True)
 class Gap:
-    """Cells of the paper whose difference is the size of its claim: (table, row of the better, row of the other)."""
+    """Cells of the paper whose difference is the size of its claim: (table, row of the better, row of the other).
+
+    ``second_column`` is that of the other, where it is another.
+    """
 
     table: str
     first: str
     second: str
     column: str = "avg"
+    second_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,9 @@ def paper_gap(gap: Gap | None, numbers: PaperNumbers) -> tuple[float, str] | Non
     """The gap in points, and the cells that it is the difference of; None where one of them is not known."""
     if gap is None:
         return None
-    rows = {row.id: row.cells.get(gap.column, ()) for row in numbers.tables[gap.table].rows}
-    cells = [_headline(rows.get(row, ())) for row in (gap.first, gap.second)]
+    rows = {row.id: row.cells for row in numbers.tables[gap.table].rows}
+    places = ((gap.first, gap.column), (gap.second, gap.second_column or gap.column))
+    cells = [_headline(rows.get(row, {}).get(column, ())) for row, column in places]
     if None in cells:
         return None
     first, second = cells

@@ -5,8 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 SEEDS = (0, 1, 2)  # of what nobody has run yet
-STAGES = {"subject_driven_t2i": ("train", "generate", "evaluate")}
+_STAGES = {"subject_driven_t2i": ("train", "generate", "evaluate")}
 _MODES = ("loglikelihood", "harness")
+# Training items of a scale where a part of them is asked for by number, and the protocol that is the paper's.
+FULL = {("commonsense_reasoning", "smoke"): 2400, ("commonsense_reasoning", "paper"): 170_420}
+_PROTOCOL = {("commonsense_reasoning", "paper"): "protocol=paper"}
+_DATA = {("commonsense_reasoning", "paper"): "data.path=path/to/llm-adapters"}
+_DATA |= {("commonsense_reasoning", "small"): "data.path=path/to/llm-adapters"}
+_DATA |= {
+    ("visual_instruction", "paper"): "data.path=llava_v1_5_mix665k.json data.image_root=path/to/images "
+    "data.benchmark_root=path/to/LMUData"
+}
+
+
+def stages(experiment: str) -> tuple[str, ...]:
+    """What makes a run of an experiment whose data are prepared."""
+    return _STAGES.get(experiment, ("train", "evaluate"))
 
 
 def run(experiment: str, scale: str, arguments: str, protocol: str = "", seeds: Iterable[int] = SEEDS) -> list[str]:
@@ -19,19 +33,35 @@ def run(experiment: str, scale: str, arguments: str, protocol: str = "", seeds: 
     seeds = list(seeds)
     listed = ",".join(map(str, seeds if len(seeds) > 1 else SEEDS))
     mode = protocol.split("-")[0]
+    arguments = _words(f"scale={scale}", _PROTOCOL.get((experiment, scale)), arguments, f"seed={listed}")
     lines = []
-    for stage in STAGES.get(experiment, ("train", "evaluate")):
+    for stage in stages(experiment):
         more = f" evaluation.mode={mode}" if stage == "evaluate" and mode in _MODES else ""
-        lines.append(f"python -m {experiment}.{stage} -m scale={scale} {arguments} seed={listed}{more}")
+        lines.append(f"python -m {experiment}.{stage} -m {arguments}{more}")
     return lines
 
 
-def prepare(experiment: str, scale: str) -> str:
+def prepare(experiment: str, scale: str, *more: str) -> str:
     """The command that makes the data of a scale."""
-    more = " protocol=paper" if (experiment, scale) == ("commonsense_reasoning", "paper") else ""
-    more += " data.path=path/to/llm-adapters" if more else ""
-    return f"python -m {experiment}.prepare_data scale={scale}{more}"
+    given = [of.get((experiment, scale)) for of in (_PROTOCOL, _DATA)]
+    return f"python -m {experiment}.prepare_data {_words(f'scale={scale}', *given, *more)}"
+
+
+def run_parts(experiment: str, scale: str, arguments: str, shares: Iterable[float]) -> list[str]:
+    """Data, training and evaluation on parts of the training data; none where its size is not known."""
+    if (full := FULL.get((experiment, scale))) is None:
+        return []
+    lines = []
+    for items in [round(share * full) for share in shares]:
+        part = f"data.train_items={items} data.dir=data/{experiment}/{scale}-{items}"
+        lines += [prepare(experiment, scale, part), *run(experiment, scale, f"{arguments} {part}")]
+    return lines
 
 
 def joined(lines: Iterable[str]) -> str:
     return " && ".join(lines)
+
+
+def _words(*words: str | None) -> str:
+    """The words in a line, none of them twice."""
+    return " ".join(dict.fromkeys(word for given in words if given for word in given.split()))

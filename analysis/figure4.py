@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .aggregate import Row, row_name, rows_of
-from .arms import Chosen, find, parts_of, settings_of, split, without
-from .claims import Arm, Statement
+from .arms import RATE, Chosen, find, parts_of, settings_of, split, without
+from .claims import Arm, Gap, Statement
+from .commands import FULL
 from .figure5 import Figure, looks_of
 from .formats import interval, p_value, points
 from .load import REFERENCES, LeftOut, Run
-from .paper import PaperNumbers, PaperTable
+from .paper import Claim, PaperNumbers, PaperTable
 from .paper_block import claims_text, paper_block
 from .statistics import Estimate, estimate, sign_flip
-from .style import COLUMN, FAINT, GREY, LOOKS, TEXT, pictures, publication
+from .style import FAINT, GREY, LOOKS, TEXT, pictures, publication
 from .tables import MISSING, ONE_SEED, Grid, bullets, csv_text, heading, markdown_table, significant
 from .task_table import by_scale_and_protocol, commits_fact
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 ITEMS = "data.train_items"
-PUBLISHED_ITEMS = 170_420  # rows of commonsense_170k.json, all of which are used where no number is set
+PUBLISHED_ITEMS = FULL["commonsense_reasoning", "paper"]  # all of which are used where no number is set
 METHODS = {"lora": "LoRA", "moslora": "MoSLoRA"}  # of the paper's figure
 NOT_TASKS = ("parameters", "hours", "memory", "avg")
 CSV_FIELDS = (
@@ -115,7 +116,8 @@ def statements(runs: Sequence[Run]) -> list[Statement]:
         if full is not None and 2 * items == full:
             all_of_it = Arm("LoRA on all of the training data", "lora")
             text = "MoSLoRA on half of the training data is better than LoRA on all of it"
-            found.append(Statement("data_half", text, "Figure 4", arms[0], all_of_it))
+            gap = Gap("figure4", "moslora", "lora", "50", "100")
+            found.append(Statement("data_half", text, "Figure 4", arms[0], all_of_it, gap))
     return found
 
 
@@ -130,16 +132,14 @@ def _percent(items: int, full: int) -> str:
 # ------------------------------------------------------------------------------------------------------ the numbers
 
 
-def _curves(
-    runs: Sequence[Run], protocol: str, tasks: Sequence[str], chosen: Chosen | None
-) -> list[_Curve]:
+def _curves(runs: Sequence[Run], protocol: str, tasks: Sequence[str], chosen: Chosen | None) -> list[_Curve]:
     """The arms that have runs on a part of the data, in the order of the tables."""
     rows = rows_of(runs, lambda run: run.evaluations[protocol].tasks, tasks)
     by_key = {(row.method, row.label): row for row in rows}
     arms: dict[tuple[str, str, str], set[int]] = {}
     for row in rows:
         if _counts(row.label):
-            core, context = split(without(row.label, ITEMS, "training.learning_rate"))
+            core, context = split(without(row.label, ITEMS, RATE))
             arms.setdefault((row.method, core, context), set()).add(int(settings_of(row.label)[ITEMS]))
     full, curves = full_size(runs), []
     for (method, core, context), sizes in arms.items():
@@ -189,7 +189,7 @@ def _figure(
         title=title,
         markdown="\n".join(parts),
         csv=csv_text(CSV_FIELDS, [*lines, *_paper_lines(paper)]),
-        pictures=draw(drawn, full, paper) if drawn else {},
+        pictures=draw(drawn, full, paper, _other_full(numbers)) if drawn else {},
     )
 
 
@@ -315,8 +315,8 @@ def _caption(curves: Sequence[_Curve], drawn: Sequence[_Curve], full: int | None
     lines = [
         f"Mean over the tasks against the share of the {full:,} training items; all of them are 100%.",
         "Points are means over the seeds, bars their 95% t intervals; an open point is one seed, which has none.",
-        "The panel at the right has the paper's points as far as they are known, with the mark of their provenance, at "
-        "its own scale. The two do not compare.",
+        "The panel at the right has the paper's points as far as they are known, with the mark of their provenance. "
+        "They are of another scale and do not compare.",
     ]
     if hidden := [curve.name for curve in curves if curve not in drawn]:
         lines.append(f"Not drawn, but in the data: {', '.join(hidden)}.")
@@ -326,13 +326,27 @@ def _caption(curves: Sequence[_Curve], drawn: Sequence[_Curve], full: int | None
 # ------------------------------------------------------------------------------------------------------ the picture
 
 
-def draw(curves: Sequence[_Curve], full: int, paper: PaperTable) -> dict[str, bytes]:
+def _other_full(numbers: PaperNumbers) -> Claim | None:
+    """What Table 4 says of LoRA on all data, if that is not what Figure 4 says."""
+    here, there = (
+        next((row.cells.get(column, ()) for row in numbers.tables[table].rows if row.id == "lora"), ())
+        for table, column in (("figure4", "100"), ("table4", "avg"))
+    )
+    contradicts = bool(here and there) and here[0].value != there[0].value
+    return there[0] if contradicts else None
+
+
+def draw(curves: Sequence[_Curve], full: int, paper: PaperTable, other: Claim | None) -> dict[str, bytes]:
     with publication():
-        return pictures(compose(curves, full, paper))
+        return pictures(compose(curves, full, paper, other))
 
 
-def compose(curves: Sequence[_Curve], full: int, paper: PaperTable) -> Canvas:
-    """Our curves in a wide panel, the paper's points in a narrow one."""
+def compose(curves: Sequence[_Curve], full: int, paper: PaperTable, other: Claim | None = None) -> Canvas:
+    """Our curves in a wide panel, the paper's points in a narrow one.
+
+    Args:
+        other: LoRA's average on all data as Table 4 has it, where it contradicts the figure's.
+    """
     from matplotlib.figure import Figure as Canvas
 
     figure = Canvas(figsize=(TEXT, 2.5))
@@ -343,7 +357,10 @@ def compose(curves: Sequence[_Curve], full: int, paper: PaperTable) -> Canvas:
         _draw_curve(ours, curve, full, colour, marker, shift * (number - (len(curves) - 1) / 2))
     shares = sorted({100 * point.items / full for curve in curves for point in curve.points})
     _axes(ours, "Share of the training data (%)", "Average accuracy (%)", shares)
-    _draw_paper(theirs, paper, {curve.method: look for curve, look in zip(curves, looks, strict=True)})
+    markers = {curve.method: marker for curve, (_, marker) in zip(curves, looks, strict=True)}
+    _draw_paper(theirs, _known(paper, other), markers)
+    _axes(theirs, "Share of the training data (%)", "", [float(column.id) for column in paper.columns])
+    theirs.text(0, 1.03, f"Paper, {paper.setting}", transform=theirs.transAxes, color=GREY, va="bottom")
     handles, names = ours.get_legend_handles_labels()
     figure.legend(handles, names, loc="lower center", ncols=min(3, len(names)))
     rows = -(-len(names) // 3)
@@ -371,32 +388,27 @@ def _draw_curve(axes: Axes, curve: _Curve, full: int, colour: str, marker: str, 
     axes.plot([], [], marker=marker, color=colour, label=curve.name + single)
 
 
-def _draw_paper(axes: Axes, paper: PaperTable, looks: Mapping[str, tuple[str, str]]) -> None:
-    values, shares = [], []
-    for row in paper.rows:
-        _, marker = looks.get(row.id, (GREY, "x"))
-        for column in paper.columns:
-            for claim in row.cells.get(column.id, ()):
-                if claim.value is None:
-                    continue
-                share = float(column.id)
-                values.append(claim.value)
-                shares.append(share)
-                axes.plot([share], [claim.value], marker, color=GREY, markerfacecolor="white", zorder=4)
-                right = share > 60
-                axes.annotate(
-                    f"{row.title} {claims_text([claim])}",
-                    (share, claim.value),
-                    xytext=(-5 if right else 5, 0),
-                    textcoords="offset points",
-                    ha="right" if right else "left",
-                    va="center",
-                    fontsize=6.5,
-                    color=GREY,
-                )
-    _axes(axes, "Share of the training data (%)", "", [float(column.id) for column in paper.columns])
-    axes.text(0, 1.03, f"Paper, {paper.setting}", transform=axes.transAxes, color=GREY, va="bottom")
-    if values:
+def _known(paper: PaperTable, other: Claim | None) -> list[tuple[str, str, float, Claim]]:
+    """(method, words, share, claim) of the paper's points; ``other`` is one that contradicts the figure."""
+    found = [
+        (row.id, row.title, float(column.id), claim)
+        for row in paper.rows
+        for column in paper.columns
+        for claim in row.cells.get(column.id, ())
+        if claim.value is not None
+    ]
+    return found + ([] if other is None else [("", "LoRA in Table 4", 100.0, other)])
+
+
+def _draw_paper(axes: Axes, known: Sequence[tuple[str, str, float, Claim]], markers: Mapping[str, str]) -> None:
+    for method, words, share, claim in known:
+        marker, right = markers.get(method, "x"), share > 60
+        axes.plot([share], [claim.value], marker, color=GREY, markerfacecolor="white", zorder=4)
+        place = {"textcoords": "offset points", "ha": "right" if right else "left", "va": "center"}
+        at = {"xytext": (-5 if right else 5, 0), "fontsize": 6.5, "color": GREY}
+        axes.annotate(f"{words} {claims_text([claim])}", (share, claim.value), **place, **at)
+    if known:
+        values = [claim.value for *_, claim in known]
         axes.set_ylim(min(values) - 1, max(values) + 1)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from .paper import PROVENANCE_MARKS, Claim, PaperTable
 from .tables import MISSING, Block, Grid
 
-
 _ORIGIN = "Printed by the paper at its own scale and not measured here. A dash is a number that was not found."
 
 

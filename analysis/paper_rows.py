@@ -34,6 +34,7 @@ from .task_table import (
 EXPERIMENT = "commonsense_reasoning"
 COSTS = ("parameters", "hours", "memory")  # columns of Table 4 that are no tasks
 
+
 @dataclass(frozen=True)
 class Wanted:
     """A row of the paper's table.
@@ -174,7 +175,7 @@ def _grid(lines: Sequence[_Line], columns: Columns, paper: PaperTable | None) ->
 def _rates_fact(lines: Sequence[_Line]) -> list[str]:
     """The learning rates that rows were found at; a row without one was run at the rate of its scale."""
     rates = [
-        f"{line.row.name} {rate}"
+        f"{line.row.name}: {rate}"
         for line in lines
         if line.row is not None and (rate := settings_of(line.row.label).get(RATE)) is not None
     ]

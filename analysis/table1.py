@@ -55,13 +55,11 @@ def labels(runs: Sequence[Run]) -> dict[str, int]:
 
 def statements(runs: Sequence[Run]) -> list[Statement]:
     """The claim of the table at every size that was named on the command line."""
-    return [
-        Statement(
-            f"two_subspaces_{label}",
-            f"Mixing two subspaces is better than LoRA at {label}",
-            "Table 1",
-            *(Arm(METHODS[method], method, (label,)) for method in ("two_subspaces", "lora")),
-        )
-        for label, rank in labels(runs).items()
-        if label != "default" and rank in RANKS
-    ]
+    found = {label: rank for label, rank in labels(runs).items() if label != "default" and rank in RANKS}
+    statements = []
+    for label, rank in found.items():
+        alone = list(found.values()).count(rank) == 1
+        text = f"Mixing two subspaces is better than LoRA at r = {rank}" + ("" if alone else f" ({label})")
+        arms = [Arm(METHODS[method], method, (label,)) for method in ("two_subspaces", "lora")]
+        statements.append(Statement(f"two_subspaces_{label}", text, "Table 1", *arms))
+    return statements

@@ -28,7 +28,7 @@ FORMULAS: dict[str, Callable[[int], float]] = {
     "2r": lambda r: 2 * r,
     "r²": lambda r: r**2,
 }
-KINDS = {"identity": "Identity", "two_subspaces": "Butterfly [[I, I], [I, I]]", "frozen": "Drawn", "learned": "Drawn"}
+KINDS = {"identity": "Identity", "two_subspaces": "Butterfly [[I, I], [I, I]]", "frozen": "Dense", "learned": "Dense"}
 CSV_FIELDS = ("origin", "method", "column", "unit", "r", "value", "low", "high", "provenance", "source")
 
 
@@ -92,7 +92,7 @@ def build(numbers: PaperNumbers) -> list[Document]:
             ],
             notes=[
                 "Two-subspaces mixing pairs r/2 columns of B with r/2 rows of A: its update has half of LoRA's rank.",
-                "A learned mixer of full rank leaves the set of updates that can be reached as it is with LoRA; what it "
+                "A learned mixer of full rank leaves the set of updates within reach as it is with LoRA. What it "
                 "changes is the way there.",
             ],
         ),

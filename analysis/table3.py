@@ -21,6 +21,8 @@ TITLES = {
     "orthogonal": "Orthogonal",
     "kaiming_uniform": "Kaiming uniform",
 }
+# The paper's order, then what the registry has beside it.
+INITS = (*TITLES, *(name for name in MIXER_INITS if name not in TITLES))
 
 
 def build(
@@ -33,7 +35,7 @@ def build(
 def wanted() -> list[Wanted]:
     """LoRA, then every start that a mixer can have, in the paper's order."""
     rows = [Wanted("lora", "LoRA (identity, fixed)", "lora", ("default",), "method=lora")]
-    for init in sorted(MIXER_INITS, key=lambda name: ([*TITLES, name].index(name), name)):
+    for init in INITS:
         override = f"method.mixer_init={init}"
         usual = METHODS["moslora"].mixer_init == init
         labels = ("default", override) if usual else (override,)
