@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
+from .arms import Chosen
 from .paper import Claim, PaperNumbers
 from .paper_block import claims_text
 
@@ -40,12 +41,16 @@ SCALED = Arm("LoRA, scaled as the mixer's start scales", "lora_scaled")
 
 @dataclass(frozen=True)
 class Gap:
-    """Cells of the paper whose difference is the size of its claim: (table, row of the better, row of the other)."""
+    """Cells of the paper whose difference is the size of its claim: (table, row of the better, row of the other).
+
+    ``second_column`` is that of the other, where it is another.
+    """
 
     table: str
     first: str
     second: str
     column: str = "avg"
+    second_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,12 +118,23 @@ def paper_gap(gap: Gap | None, numbers: PaperNumbers) -> tuple[float, str] | Non
     """The gap in points, and the cells that it is the difference of; None where one of them is not known."""
     if gap is None:
         return None
-    rows = {row.id: row.cells.get(gap.column, ()) for row in numbers.tables[gap.table].rows}
-    cells = [_headline(rows.get(row, ())) for row in (gap.first, gap.second)]
+    rows = {row.id: row.cells for row in numbers.tables[gap.table].rows}
+    places = ((gap.first, gap.column), (gap.second, gap.second_column or gap.column))
+    cells = [_headline(rows.get(row, {}).get(column, ())) for row, column in places]
     if None in cells:
         return None
     first, second = cells
     return first.value - second.value, f"{claims_text([first])} against {claims_text([second])}"
+
+
+def at_chosen(statements: Iterable[Statement], chosen: Chosen | None) -> tuple[Statement, ...]:
+    """The statements about the runs that somebody chose, such as those at each arm's own learning rate."""
+
+    def arm(of: Arm) -> Arm:
+        labels = [(chosen or {}).get((of.method, label), label) for label in of.labels]
+        return replace(of, labels=tuple(dict.fromkeys(labels)))
+
+    return tuple(replace(found, first=arm(found.first), second=arm(found.second)) for found in statements)
 
 
 def _headline(claims: Sequence[Claim]) -> Claim | None:

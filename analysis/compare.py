@@ -19,6 +19,7 @@ from moslora_core.record import TaskResult
 
 from . import claims
 from .aggregate import Row
+from .arms import Key, contexts, find, parts_of, split
 from .items import Answers, Reader
 from .load import REFERENCES, Run
 from .statistics import (
@@ -32,7 +33,7 @@ from .statistics import (
     flip_items,
     holm,
     mcnemar_exact,
-    sign_flip,
+    sign_flips,
     wilcoxon,
 )
 from .task_table import differing_settings
@@ -43,8 +44,6 @@ CONTROLS = ("moslora_folded", "moslora_frozen", "lora_scaled", "two_subspaces")
 # No answer depends on the first; the others name files, or versions that a note is enough for.
 NO_CONDITIONS = ("batch_size", "sources", "model_name", "judged")
 VERSIONS = ("lm_eval", "transformers", "peft")
-# Overrides that belong to all methods of a comparison: the protocol and the base model.
-CONTEXT = ("protocol", "base", "model", "model.name", "model.quantization")
 _RANK = re.compile(r"adapter\.r=\d+")
 
 
@@ -160,27 +159,9 @@ def pairs(arms: Sequence[Arm], statements: Iterable[claims.Statement] = ()) -> l
     return list(found.values())
 
 
-def split(label: str) -> tuple[str, str]:
-    """The overrides that set a method apart, and those that name the conditions of a whole table (its context)."""
-    parts = [] if label == "default" or "~" in label else label.split(",")
-    context = [part for part in parts if part.split("=")[0] in CONTEXT]
-    rest = [part for part in parts if part not in context]
-    return ",".join(rest) or ("default" if "~" not in label else label), ",".join(context)
-
-
-def contexts(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """The distinct contexts of rows, given as (method, label), in their order."""
-    return list(dict.fromkeys(split(label)[1] for _, label in rows))
-
-
-def present(rows: Iterable[tuple[str, str]], side: claims.Arm, context: str) -> tuple[str, str] | None:
+def present(rows: Iterable[Key], side: claims.Arm, context: str) -> Key | None:
     """The row, (method, label), that is the arm of a claim in this context; None if there is none."""
-    have = {split(label)[0]: (method, label) for method, label in rows if _is_in(method, label, side, context)}
-    return next((have[label] for label in side.labels if label in have), None)
-
-
-def _is_in(method: str, label: str, side: claims.Arm, context: str) -> bool:
-    return method == side.method and split(label)[1] == context
+    return find(rows, side.method, side.labels, context)
 
 
 def _is_rank(label: str, context: str) -> bool:
@@ -196,7 +177,7 @@ def _without_method(label: str) -> str:
     """The label of the same overrides without those of the method; a shortened label is no list of overrides."""
     if "~" in label:
         return label
-    return ",".join(part for part in label.split(",") if not part.startswith("method.")) or "default"
+    return ",".join(part for part in parts_of(label) if not part.startswith("method.")) or "default"
 
 
 # ----------------------------------------------------------------------------------------------------------- one pair
@@ -328,11 +309,11 @@ def _tested(
         values: differences of the table's numbers, (seeds, tasks).
         rights: for each task whether the arms were right, (seeds, 2, items); None without answers.
     """
-    columns = [values.mean(axis=1), *values.T]
+    columns = np.column_stack([values.mean(axis=1), values])
+    mean, *of_tasks = (_by_seed(column, seeds, p) for column, p in zip(columns.T, sign_flips(columns), strict=True))
     if len(seeds) < 2:
-        mean, *of_tasks = (_by_seed(column, seeds) for column in columns)
         return mean, of_tasks
-    items = [None if right is None else right[:, 0].astype(int) - right[:, 1] for right in rights]
+    items = [None if right is None else right[:, 0].astype(np.int8) - right[:, 1] for right in rights]
     fits = [
         of_task is not None and bool(np.allclose(of_task.mean(axis=1), column, rtol=0, atol=1e-9))
         for of_task, column in zip(items, values.T, strict=True)
@@ -345,19 +326,19 @@ def _tested(
     left = iter(ps)
     of_tasks = [
         replace(
-            _by_seed(column, seeds),
+            of_seeds,
             interval=interval,
             p_item=None if of_task is None else next(left),
             items=None if of_task is None else of_task.shape[1],
             adds_up=of_task is None or fit,
         )
-        for column, interval, of_task, fit in zip(values.T, intervals, items, fits, strict=True)
+        for of_seeds, interval, of_task, fit in zip(of_tasks, intervals, items, fits, strict=True)
     ]
     all_paired = len(paired) == len(items)
     mean = replace(
-        _by_seed(columns[0], seeds),
+        mean,
         interval=of_mean,
-        p_wilcoxon=wilcoxon(columns[0]),
+        p_wilcoxon=wilcoxon(columns[:, 0]),
         p_item=p_mean if all_paired else None,
         items=sum(of_task.shape[1] for of_task in paired) if all_paired else None,
         adds_up=not all_paired or all(fits),
@@ -365,12 +346,12 @@ def _tested(
     return mean, of_tasks
 
 
-def _by_seed(values: np.ndarray, seeds: Sequence[int]) -> Difference:
+def _by_seed(values: np.ndarray, seeds: Sequence[int], p: float | None) -> Difference:
     found = estimate(values)
     return Difference(
         values=dict(zip(seeds, map(float, values), strict=True)),
         by_seed=found,
-        p_seed=sign_flip(values),
+        p_seed=p,
         detectable=detectable(found.sd, found.n),
     )
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from . import table4, verdict
+from . import figure4, table1, table4, verdict
 from .aggregate import Row, rows_of
-from .claims import STATEMENTS, Statement, paper_gap
+from .arms import Chosen
+from .claims import STATEMENTS, Statement, at_chosen, paper_gap
 from .compare import Arm, Comparison, Difference, compare, pairs
 from .formats import interval, p_value, points
 from .items import Reader
@@ -59,6 +60,7 @@ def build(
     left_out: Sequence[LeftOut],
     numbers: PaperNumbers,
     statements: Sequence[Statement] | None = None,
+    chosen: Chosen | None = None,
 ) -> list[Document]:
     """The comparisons and the verdict of every scale and evaluation protocol, in a stable order.
 
@@ -68,18 +70,25 @@ def build(
         runs_dir: where the predictions of the runs are.
         statements: the claims to judge, whose arms name the overrides that they were run with; None for the paper's
             claims with every method as it is by default.
+        chosen: labels of the runs that the arms are judged by (:func:`analysis.arms.find`).
     """
-    statements = STATEMENTS[experiment] if statements is None else statements
     reader = Reader(runs_dir)
-    found = []
+    found, given = [], statements
     for scale, protocol, group in by_scale_and_protocol(runs):
         if protocol.endswith("-validation"):
             continue
+        statements = at_chosen(claims_of(experiment, group) if given is None else given, chosen)
         layout, group, unused = _layout(experiment, scale, protocol, group, left_out, numbers)
         compared = comparisons(layout, group, protocol, reader, statements)
         found.append(_page(experiment, scale, protocol, layout, group, compared, unused, reader, statements, numbers))
         found.append(verdict.build(experiment, scale, protocol, compared, layout.rows, statements, numbers))
     return found
+
+
+def claims_of(experiment: str, runs: Sequence[Run]) -> list[Statement]:
+    """The paper's claims, and those of its tables and figures over sizes that only the runs can name."""
+    of_sizes = (table1.statements, figure4.statements) if experiment == "commonsense_reasoning" else ()
+    return [*STATEMENTS[experiment], *(statement for make in of_sizes for statement in make(runs))]
 
 
 def _layout(

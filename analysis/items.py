@@ -12,14 +12,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moslora_core.errors import UserError
-from moslora_core.record import RunRecord, TaskResult
+from moslora_core.record import RunRecord, TaskResult, read_log
 
 from .load import Run
 from .statistics import chance
@@ -27,6 +28,8 @@ from .statistics import chance
 ROTATION = 1_000_000  # of VLMEvalKit's circular benchmarks: rotation k of question i has the index i + k * 1,000,000
 _INDEX = re.compile(r"/(\d+)$")
 _COLUMNS = {"evaluation": str, "task": str, "id": str, "gold": str, "correct": bool}
+_VALUES = itemgetter(*_COLUMNS)
+Item = tuple[str, str, bool]  # id, gold, correct
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Reader:
 
     def __init__(self, root: Path):
         self._root = root
-        self._rows: dict[str, dict[str, dict[str, list[dict]]] | str] = {}
+        self._rows: dict[str, dict[str, dict[str, list[Item]]] | str] = {}
         self._items: dict[tuple[str, str], Items] = {}
 
     def items(self, run: Run, protocol: str) -> Items:
@@ -85,48 +88,59 @@ class Reader:
         return Items(answers, tuple(faults))
 
 
-def _rows(path: Path) -> dict[str, dict[str, list[dict[str, Any]]]] | str:
-    """Evaluation -> task -> rows of the predictions; or why there are none."""
+def _rows(path: Path) -> dict[str, dict[str, list[Item]]] | str:
+    """Evaluation -> task -> items of the predictions; or why there are none."""
     record = RunRecord(path)
-    if not record.predictions_path.exists():
+    if record.predictions_file() is None:
         return "predictions.jsonl is missing"
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    found: dict[str, dict[str, list[Item]]] = {}
     try:
-        for number, row in enumerate(_lines(record), start=1):
-            for column, kind in _COLUMNS.items():
-                if type(row.get(column)) is not kind:
-                    raise UserError(
-                        f"predictions.jsonl line {number}: {column} must be {kind.__name__}, found {row.get(column)!r}"
-                    )
-            found.setdefault(row["evaluation"], {}).setdefault(row["task"], []).append(row)
+        for (evaluation, task), items in groupby(_checked(_lines(record)), key=itemgetter(0, 1)):
+            found.setdefault(evaluation, {}).setdefault(task, []).extend(item[2:] for item in items)
     except UserError as error:
         return " ".join(str(error).replace(f"{path}/", "").split())
     return found
 
 
+def _checked(rows: list[dict[str, Any]]) -> list[tuple]:
+    """The values of ``_COLUMNS`` in each row, all of their kinds; columns are checked, which is faster than rows."""
+    try:
+        values = list(map(_VALUES, rows))
+        kinds = [set(map(type, column)) for column in zip(*values, strict=True)]
+    except KeyError:
+        kinds = [set()]
+    if not rows or kinds == [{kind} for kind in _COLUMNS.values()]:
+        return values
+    for number, row in enumerate(rows, start=1):
+        for column, kind in _COLUMNS.items():
+            if type(row.get(column)) is not kind:
+                raise UserError(
+                    f"predictions.jsonl line {number}: {column} must be {kind.__name__}, found {row.get(column)!r}"
+                )
+    return values
+
+
 def _lines(record: RunRecord) -> list[dict[str, Any]]:
     """The record's predictions. All lines are parsed at once, twice as fast as each; what is damaged is then named."""
     try:
-        whole, _, _ = record.predictions_path.read_bytes().rpartition(b"\n")
+        whole, _, _ = read_log(record.predictions_file()).rpartition(b"\n")
         rows = json.loads(b"[" + whole.replace(b"\n", b",") + b"]")
         if len(rows) == (whole.count(b"\n") + 1 if whole else 0) and all(isinstance(row, dict) for row in rows):
             return rows
-    except (OSError, ValueError):
+    except (UserError, ValueError):
         pass
     return record.predictions()
 
 
-def _answers(rows: list[dict[str, Any]], result: TaskResult) -> Answers:
-    counted = rows if len(rows) == result.n else [row for row in rows if not _rotated(row["id"])]
+def _answers(items: list[Item], result: TaskResult) -> Answers:
+    counted = items if len(items) == result.n else [item for item in items if not _rotated(item[0])]
     if len(counted) != result.n:
         raise UserError(f"predictions.jsonl has {len(counted)} items, its number counts {result.n}")
-    counted = sorted(counted, key=lambda row: row["id"])
-    ids = tuple(row["id"] for row in counted)
+    ids, golds, right = zip(*sorted(counted), strict=True)
     if len(set(ids)) < len(ids):
         twice = next(one for one, other in pairwise(ids) if one == other)
         raise UserError(f"predictions.jsonl has item {twice} twice")
-    golds = tuple(row["gold"] for row in counted)
-    return Answers(ids, golds, np.array([row["correct"] for row in counted], dtype=bool))
+    return Answers(ids, golds, np.array(right, dtype=bool))
 
 
 def _rotated(name: str) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from .paper import PROVENANCE_MARKS, Claim, PaperTable
 from .tables import MISSING, Block, Grid
 
+_ORIGIN = "Printed by the paper at its own scale and not measured here. A dash is a number that was not found."
+
 
 def paper_block(paper: PaperTable, sources: dict[str, str]) -> Block:
     """The block of one table; ``sources`` says what the sources' tags stand for."""
@@ -17,7 +19,7 @@ def paper_block(paper: PaperTable, sources: dict[str, str]) -> Block:
     return Block(
         title=f"Paper, {paper.setting} ({paper.title}, arXiv 2406.11909)",
         grid=Grid(headers, rows),
-        facts=["Printed by the paper at its own scale and not measured here. A dash is a number that was not found."],
+        facts=[_ORIGIN] if paper.claims() else [],
         notes=[
             *_legend(paper, sources),
             *(f"{note.text} {note.mark}" for note in paper.notes),

@@ -16,7 +16,7 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,18 +113,33 @@ def sign_flip(differences: ArrayLike) -> float | None:
     Args:
         differences: shape (n,), one for each seed that both methods have.
     """
-    differences = finite(differences)
-    if len(differences) < 2:
-        return None
+    return sign_flips(np.reshape(differences, (-1, 1)))[0]
+
+
+def sign_flips(columns: ArrayLike) -> list[float | None]:
+    """:func:`sign_flip` of every column of an array of shape (n, columns), each as if it stood alone."""
+    columns = finite(columns)
+    n, many = columns.shape
+    if n < 2:
+        return [None] * many
+    # All flips are the same flips for every column; a draw is each column's own.
+    together = [columns] if 2**n <= FLIPS else np.hsplit(columns, many)
+    ps = [_permuted(part, lambda values, axis: np.round(values.mean(axis=axis), _DECIMALS)) for part in together]
+    return [float(p) for p in np.concatenate(ps)]
+
+
+def _permuted(columns: np.ndarray, statistic: Callable[..., np.ndarray]) -> np.ndarray:
+    """Two-sided p of ``statistic`` under flips of the signs, for every column of (n, columns)."""
     result = stats.permutation_test(
-        (differences,),
-        lambda values, axis: np.round(values.mean(axis=axis), _DECIMALS),
+        (columns,),
+        statistic,
         permutation_type="samples",
         vectorized=True,
         n_resamples=FLIPS,
+        axis=0,
         rng=np.random.default_rng(_SEED),
     )
-    return float(result.pvalue)
+    return np.atleast_1d(result.pvalue)
 
 
 def smallest_p(n: int) -> float | None:
@@ -139,6 +154,12 @@ def wilcoxon(differences: ArrayLike) -> float | None:
         return None
     if not differences.any():
         return 1.0
+    sizes = np.abs(differences)
+    tied = 0 in sizes or len(np.unique(sizes)) < len(sizes)
+    if tied and 2 ** len(differences) <= FLIPS:
+        # As scipy does, which ranks the same sizes again for every flip: a tenth of a second.
+        signed = np.sign(differences) * stats.rankdata(sizes)
+        return float(_permuted(signed[:, None], lambda ranks, axis: np.maximum(ranks, 0).sum(axis=axis))[0])
     return float(stats.wilcoxon(differences, zero_method="pratt").pvalue)
 
 

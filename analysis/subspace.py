@@ -2,7 +2,7 @@
 
 Notation as in :mod:`moslora_core.subspaces`: delta_W = scaling * sum_ij m_ij B_i A_j, where LoRA has the r terms with
 i = j. Of every run there is the trained adapter, and where ``training.keep_steps`` asked for them its copies along the
-training.
+training. Records without adapters have the same numbers in a file (:mod:`analysis.subspace_files`).
 
 The squared Frobenius norm of an update divides into that of its diagonal part D (i = j), that of its mixed part X
 (i != j) and a cross term, which is positive where the two reinforce one another and negative where they cancel:
@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 
-from moslora_core.errors import UserError
+from moslora_core.base_models import adapter_digest
 from moslora_core.record import RunRecord
 from moslora_core.subspaces import (
     Factors,
@@ -43,7 +43,15 @@ from moslora_core.subspaces import (
 
 from .aggregate import Row, Setting, Summary, rows_of, summarize
 from .load import REFERENCES, Run
+from .style import LOOKS
 from .visual import NO_BASE, short_names
+
+MOST_RANKS = 32  # rows of a mixer that are kept and drawn one by one
+MOST_GROUPS = len(LOOKS)  # that are drawn in one figure
+MOST_RUNS = 18  # rows of the matrix of angles, whose numbers would be too small to read
+
+Matrix = Sequence[Sequence[float]]
+Bases = tuple[torch.Tensor, torch.Tensor]
 
 # ------------------------------------------------------------------------------------------------------------ modules
 
@@ -137,21 +145,34 @@ def module_numbers(factors: Factors, start: torch.Tensor | None) -> ModuleNumber
 
 
 @dataclass(frozen=True)
+class Size:
+    """Of one update: outputs, inputs, and its rank, which is that of its column space and its row space."""
+
+    out: int
+    inp: int
+    rank: int
+
+
+@dataclass(frozen=True)
 class Trace:
-    """The adapters of one run.
+    """The adapters of one run in numbers.
 
     Attributes:
+        digest: of the trained adapter's files.
+        kept: step -> digest of the kept copy.
         steps: step -> module -> numbers, the earliest first; the last is the trained adapter.
-        start: module -> mixer before the training; None where step 0 was not kept.
-        end: module -> mixer of the trained adapter, for modules that have one.
-        bases: module -> orthonormal bases of the trained update's column space and row space.
+        start: module -> |m_ij| before the training; None where step 0 was not kept.
+        end: module -> |m_ij| of the trained adapter, for modules that have a mixer.
+        sizes: module -> size of the trained update.
     """
 
     run: Run
+    digest: str
+    kept: dict[int, str]
     steps: dict[int, dict[str, ModuleNumbers]]
-    start: dict[str, torch.Tensor] | None
-    end: dict[str, torch.Tensor]
-    bases: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    start: dict[str, Matrix] | None
+    end: dict[str, Matrix]
+    sizes: dict[str, Size]
 
     @property
     def last(self) -> dict[str, ModuleNumbers]:
@@ -169,18 +190,37 @@ def read_trace(run: Run, record: RunRecord) -> Trace:
         UserError: there is no adapter, it is damaged, or it is no LoRA.
     """
     trained = adapter_factors(record.adapter_path)
-    last = run.training.steps
-    kept = {step: path for step, path in record.kept_adapters().items() if step < last}
-    start = _mixers(adapter_factors(kept[0])) if 0 in kept else None
+    digest, kept = digests(run, record)
+    paths = record.kept_adapters()
+    start = _mixers(adapter_factors(paths[0])) if 0 in kept else None
     return Trace(
         run=run,
+        digest=digest,
+        kept=kept,
         # One copy at a time: together they would take many times the memory of the adapter.
-        steps={step: _numbers(adapter_factors(path), start) for step, path in kept.items()}
-        | {last: _numbers(trained, start)},
-        start=start,
-        end=_mixers(trained),
-        bases={module: update_bases(found) for module, found in trained.items()},
+        steps={step: _numbers(adapter_factors(paths[step]), start) for step in kept}
+        | {run.training.steps: _numbers(trained, start)},
+        start=None if start is None else {module: magnitudes(M) for module, M in start.items()},
+        end={module: magnitudes(M) for module, M in _mixers(trained).items()},
+        sizes={module: _size(found) for module, found in trained.items()},
     )
+
+
+def digests(run: Run, record: RunRecord) -> tuple[str, dict[int, str]]:
+    """Digest of the trained adapter, and of the copies from before its last step.
+
+    Raises:
+        UserError: a folder lacks a file.
+    """
+    kept = {step: path for step, path in record.kept_adapters().items() if step < run.training.steps}
+    return adapter_digest(record.adapter_path), {step: adapter_digest(path) for step, path in kept.items()}
+
+
+def magnitudes(mixer: torch.Tensor) -> Matrix:
+    """|m_ij|, (r, r); of more than ``MOST_RANKS`` ranks the means over square blocks that are as small as can be."""
+    block = math.ceil(len(mixer) / MOST_RANKS)
+    pooled = torch.nn.functional.avg_pool2d(mixer.abs()[None], block, ceil_mode=True, count_include_pad=False)
+    return pooled[0].tolist()
 
 
 def _numbers(modules: Mapping[str, Factors], start: Mapping[str, torch.Tensor] | None) -> dict[str, ModuleNumbers]:
@@ -189,6 +229,11 @@ def _numbers(modules: Mapping[str, Factors], start: Mapping[str, torch.Tensor] |
 
 def _mixers(modules: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
     return {module: factors.M for module, factors in modules.items() if factors.mixed}
+
+
+def _size(factors: Factors) -> Size:
+    columns, rows = update_bases(factors)
+    return Size(columns.shape[0], rows.shape[0], columns.shape[1])
 
 
 @dataclass(frozen=True)
@@ -216,24 +261,51 @@ def setting_of(run: Run) -> Setting | None:
     return None
 
 
-def groups_of(runs: Iterable[Run], runs_dir: Path) -> tuple[list[Group], list[str]]:
-    """The trained runs of one setting that have readable adapters, and why each of the others is left out."""
-    traces: dict[tuple[str, str], list[Trace]] = {}
-    left_out = []
-    trained = sorted((run for run in runs if run.method not in REFERENCES), key=lambda run: (run.path, run.seed))
-    for run in trained:
-        record = RunRecord(runs_dir / run.path)
-        try:
-            if not record.adapter_path.is_dir():
-                raise UserError("no adapter beside the record")
-            trace = read_trace(run, record)
-        except UserError as error:
-            left_out.append(f"{run.path}: {' '.join(str(error).replace(f'{record.path}/', '').split())}")
-            continue
-        traces.setdefault((run.method, run.label), []).append(trace)
-    rows = short_names(rows_of([trace.run for of in traces.values() for trace in of], lambda run: {}, (), setting_of))
-    by_seed = {key: tuple(sorted(of, key=lambda trace: trace.run.seed)) for key, of in traces.items()}
-    return [Group(row, by_seed[row.method, row.label]) for row in rows], left_out
+def by_setting(runs: Iterable[Run]) -> list[tuple[str, Setting | None, list[Run]]]:
+    """The trained runs of every scale and setting, in a stable order: what may share a figure."""
+    members: dict[tuple[str, Setting | None], list[Run]] = defaultdict(list)
+    for run in runs:
+        if run.method not in REFERENCES:
+            members[run.scale, setting_of(run)].append(run)
+
+    def order(entry: tuple[tuple[str, Setting | None], list[Run]]) -> tuple:
+        (scale, setting), _ = entry
+        return scale, () if setting is None else setting.order
+
+    return [
+        (*key, sorted(found, key=lambda run: (run.path, run.seed)))
+        for key, found in sorted(members.items(), key=order)
+    ]
+
+
+def groups_of(traces: Iterable[Trace]) -> list[Group]:
+    """The traces of one setting by method and overrides, in the order of a table."""
+    members: dict[tuple[str, str], list[Trace]] = defaultdict(list)
+    for trace in traces:
+        members[trace.run.method, trace.run.label].append(trace)
+    rows = short_names(rows_of([trace.run for of in members.values() for trace in of], lambda run: {}, (), setting_of))
+    by_seed = {key: tuple(sorted(of, key=lambda trace: trace.run.seed)) for key, of in members.items()}
+    return [Group(row, by_seed[row.method, row.label]) for row in rows]
+
+
+def chosen_rows(rows: Sequence[tuple[Row, bool]]) -> set[tuple[str, str]]:
+    """Method and label of the rows that a figure has room for: those of the most seeds; of as many, LoRA and mixers.
+
+    A study has few seeds of many learning rates, and more of the rates that it chose.
+
+    Args:
+        rows: each with whether it has mixers.
+    """
+    most_seeds = sorted(rows, key=lambda entry: -len(entry[0].seeds))
+    lora = next((row for row, _ in most_seeds if row.method == "lora"), None)
+    first = sorted(rows, key=lambda entry: (-len(entry[0].seeds), not (entry[1] or entry[0] is lora)))
+    return {(row.method, row.label) for row, _ in first[:MOST_GROUPS]}
+
+
+def drawn_groups(groups: Sequence[Group]) -> list[Group]:
+    """The groups that a figure has room for, in their order."""
+    kept = chosen_rows([(group.row, group.has_mixers) for group in groups])
+    return [group for group in groups if group.key in kept]
 
 
 # ---------------------------------------------------------------------------------------------------------- summaries
@@ -294,13 +366,29 @@ class Angles:
     rows: float | None
 
 
-def mean_angles(first: Trace, second: Trace) -> Angles:
+def angle_members(groups: Sequence[Group]) -> list[tuple[Group, tuple[Trace, ...]]]:
+    """The runs between which angles are measured, alike by group."""
+    drawn = drawn_groups(groups)
+    most = max(1, MOST_RUNS // len(drawn)) if drawn else 0
+    return [(group, group.traces[:most]) for group in drawn]
+
+
+def read_bases(record: RunRecord) -> dict[str, Bases]:
+    """Module -> orthonormal bases of the trained update's column space and row space.
+
+    Raises:
+        UserError: there is no adapter, it is damaged, or it is no LoRA.
+    """
+    return {module: update_bases(found) for module, found in adapter_factors(record.adapter_path).items()}
+
+
+def mean_angles(first: Mapping[str, Bases], second: Mapping[str, Bases]) -> Angles:
     """Angles between the trained updates of two runs, over the modules that both adapt in the same size."""
     sides = []
     for side in (0, 1):
         found = []
-        for module in sorted(first.bases.keys() & second.bases.keys()):
-            one, other = first.bases[module], second.bases[module]
+        for module in sorted(first.keys() & second.keys()):
+            one, other = first[module], second[module]
             if any(one[i].shape[0] != other[i].shape[0] for i in (0, 1)):
                 continue
             angles = basis_angles(one[side], other[side])
@@ -310,10 +398,15 @@ def mean_angles(first: Trace, second: Trace) -> Angles:
     return Angles(*sides)
 
 
-def chance_angle(traces: Iterable[Trace], side: int) -> float | None:
-    """Mean principal angle in degrees between random spaces of these sizes, mean over modules; drawn, to about 1°."""
-    sizes = [tuple(pair[side].shape) for trace in traces for pair in trace.bases.values() if pair[side].shape[1]]
-    return statistics.fmean(_random_angle(*size) for size in sizes) if sizes else None
+def chance_angles(traces: Iterable[Trace]) -> Angles:
+    """Mean principal angles in degrees between random spaces of these sizes, mean over modules; drawn, to about 1°."""
+    sizes = [size for trace in traces for size in trace.sizes.values() if size.rank]
+    if not sizes:
+        return Angles(None, None)
+    return Angles(
+        columns=statistics.fmean(_random_angle(size.out, size.rank) for size in sizes),
+        rows=statistics.fmean(_random_angle(size.inp, size.rank) for size in sizes),
+    )
 
 
 @cache

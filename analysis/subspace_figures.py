@@ -1,7 +1,9 @@
-"""Figures of what the mixer does inside: heat maps of M, its course over the training, spectra, shares, angles.
+"""Figures of what the mixer does inside: heat maps of M, its course over the training, spectra, shares, angles, and
+what the adapter is worth without some of its subspaces.
 
 One group of figures per experiment, scale and setting (base model and its quantisation), from the adapters beside the
-run records (:mod:`analysis.subspace`). A figure whose numbers are not there says what would make them.
+run records (:mod:`analysis.subspace`) or the numbers that were read out of them (:mod:`analysis.subspace_files`). A
+figure whose numbers are not there says what would make them. Curves of the latter: :mod:`analysis.knock_out_figure`.
 """
 
 from __future__ import annotations
@@ -11,31 +13,33 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from moslora_core.methods import KAIMING_SCALE
 from moslora_core.record import override_label
 
+from . import knock_out_figure
 from .aggregate import Setting, Summary
 from .figure5 import Figure, looks_of
-from .load import REFERENCES, LeftOut, Run
+from .load import LeftOut, Run
 from .paper import PaperNumbers
-from .style import LOOKS
 from .subspace import (
+    MOST_RANKS,
     Angles,
     Group,
+    Matrix,
     ModuleNumbers,
     Place,
     Trace,
-    chance_angle,
+    angle_members,
+    by_setting,
+    chance_angles,
+    drawn_groups,
     groups_of,
-    mean_angles,
     mean_spectrum,
     over_modules,
     over_seeds,
     place_of,
-    setting_of,
 )
+from .subspace_files import COMMAND, angles_between, load_traces
 from .subspace_plots import (
     Block,
     Chart,
@@ -53,9 +57,7 @@ from .subspace_plots import (
 from .tables import ONE_SEED, Grid, bullets, csv_text, heading, markdown_table, significant
 from .task_table import commits_fact
 
-MOST_LINES = len(LOOKS)
 MOST_LAYERS = 8  # rows of a heat map; more do not fit a page
-MOST_RUNS = 18  # rows of the matrix of angles, whose numbers would be too small to read
 KEEP = "train with training.keep_steps=<n> to keep the adapter's start and its copies along the training"
 # Quantity -> the name on its axis and in tables.
 NAMES = {
@@ -121,35 +123,29 @@ def build(
         runs_dir: where the adapters of the runs are.
         left_out, numbers: not used; the tables name the runs that are left out, and the paper has no such figure.
     """
-    settings: dict[tuple[str, Setting | None], list[Run]] = defaultdict(list)
-    for run in runs:
-        settings[run.scale, setting_of(run)].append(run)
-    figures = []
-    for (scale, setting), members in sorted(settings.items(), key=lambda item: (item[0][0], _order(item[0][1]))):
-        figures += _Part(experiment, scale, setting, members, runs_dir).figures()
-    return figures
-
-
-def _order(setting: Setting | None) -> tuple:
-    return () if setting is None else setting.order
+    figures = [
+        figure
+        for scale, setting, members in by_setting(runs)
+        for figure in _Part(experiment, scale, setting, members, runs_dir).figures()
+    ]
+    return figures + knock_out_figure.build(experiment, runs_dir, runs, left_out, numbers)
 
 
 class _Part:
     """The figures of one scale and setting."""
 
     def __init__(self, experiment: str, scale: str, setting: Setting | None, runs: Sequence[Run], runs_dir: Path):
-        self.scale, self.setting = scale, setting
-        self.groups, self.absent = groups_of(runs, runs_dir)
-        self.trained = [run for run in runs if run.method not in REFERENCES]
-        looks = looks_of([group.row for group in self.groups[:MOST_LINES]])
-        self.drawn = {group.key: look for group, look in zip(self.groups, looks, strict=False)}
+        self.scale, self.setting, self.runs, self.runs_dir = scale, setting, runs, runs_dir
+        traces, self.absent = load_traces(runs, runs_dir)
+        self.groups = groups_of(traces)
+        drawn = drawn_groups(self.groups)
+        looks = looks_of([group.row for group in drawn])
+        self.drawn = {group.key: look for group, look in zip(drawn, looks, strict=True)}
 
     def figures(self) -> list[Figure]:
-        if not self.trained:
-            return []
         if not self.groups:
             return [self._shares()]
-        heat_maps = [self._mixers(group) for group in self.groups if group.has_mixers]
+        heat_maps = [self._mixers(group) for group in self.groups if group.has_mixers and group.key in self.drawn]
         return [self._shares(), *heat_maps, self._course(), self._spectra(), self._angles()]
 
     # what they have in common
@@ -164,7 +160,7 @@ class _Part:
         if setting:
             title += f", base model {setting[0]}" + "".join(f", {name.upper()}" for name in setting[1:])
         left_out = [f"Left out: {entry}." for entry in self.absent] if name == "shares" else []
-        facts = [*facts, *left_out, *([commits_fact(self.trained)] if name == "shares" else [])]
+        facts = [*facts, *left_out, *([commits_fact(self.runs)] if name == "shares" else [])]
         return Figure(
             folder=f"{self.scale}/subspaces",
             name="-".join([name, *(override_label([part]) for part in setting)]),
@@ -183,7 +179,7 @@ class _Part:
         return group.row.name + (ONE_SEED if len(group.traces) == 1 else "")
 
     def _seed_notes(self, groups: Iterable[Group]) -> list[str]:
-        hidden = [group.row.name for group in self.groups[MOST_LINES:]]
+        hidden = [group.row.name for group in self.groups if group.key not in self.drawn]
         notes = [f"Not drawn, but in the data: {', '.join(hidden)}."] if hidden else []
         return notes + ([f"{ONE_SEED} one seed."] if any(len(group.traces) == 1 for group in groups) else [])
 
@@ -201,12 +197,16 @@ class _Part:
             | {f"j{j}": _number(weight) for j, weight in enumerate(row)}
             for name, (step, mixers) in moments.items()
             for module, mixer in mixers.items()
-            for i, row in enumerate(mixer.tolist())
+            for i, row in enumerate(mixer)
         ]
         drawn = [
             Moment(f"{name.capitalize()} (step {step})", _blocks(mixers)) for name, (step, mixers) in moments.items()
         ]
         facts = [f"{group.row.name}, seed {trace.run.seed}.", *_MIXERS]
+        pooled = sorted({trace.last[m].r for m, matrix in trace.end.items() if trace.last[m].r > len(matrix)})
+        if pooled:
+            blocks = ", ".join(f"{math.ceil(r / MOST_RANKS)} x {math.ceil(r / MOST_RANKS)} at r = {r}" for r in pooled)
+            facts.append(f"Pixels are means over blocks of weights: {blocks}.")
         if "start" not in moments:
             facts.append(f"The start was not kept; {KEEP}.")
         layers = {(p.stack, p.layer) for p in map(place_of, trace.end)}
@@ -358,11 +358,10 @@ class _Part:
 
     def _angles(self) -> Figure:
         """Mean principal angles between the trained updates of all pairs of runs."""
-        most = max(1, MOST_RUNS // len(self.groups))
-        members = [group.traces[:most] for group in self.groups][:MOST_RUNS]
-        traces = [trace for of in members for trace in of]
-        group_of = [group for group, of in zip(self.groups, members, strict=False) for _ in of]
-        found = {(i, j): mean_angles(traces[i], traces[j]) for i in range(len(traces)) for j in range(i)}
+        members = angle_members(self.groups)
+        traces = [trace for _, of in members for trace in of]
+        group_of = [group for group, of in members for _ in of]
+        found = angles_between(traces, self.runs_dir)
         lines = [
             self._line(group_of[i], seed=traces[i].run.seed)
             | {"other_method": group_of[j].row.method, "other_label": group_of[j].row.label}
@@ -371,7 +370,7 @@ class _Part:
         ]
         square = Square(
             runs=[str(trace.run.seed) for trace in traces],
-            groups=[(group.row.name, len(of)) for group, of in zip(self.groups, members, strict=False)],
+            groups=[(group.row.name, len(of)) for group, of in members],
             below={pair: angles.columns for pair, angles in found.items() if angles.columns is not None},
             above={pair: angles.rows for pair, angles in found.items() if angles.rows is not None},
         )
@@ -391,20 +390,22 @@ class _Part:
         return self._figure("angles", "Angles between updates", facts, csv_text(fields, lines), pictures)
 
     def _angle_facts(self, traces: Sequence[Trace], found: Mapping[tuple[int, int], Angles], every: int) -> list[str]:
+        missing = len(traces) * (len(traces) - 1) // 2 - len(found)
+        absent = [f"{missing} pairs were not measured; where the adapters are: {COMMAND}."] if missing else []
         if not any(angles.columns is not None for angles in found.values()):
-            return ["Not drawn: there are no two runs whose adapters share a module."]
-        below, above = chance_angle(traces, 0), chance_angle(traces, 1)
-        chance = f"Spaces in random directions would be about {below:.0f}° (output) and {above:.0f}° (input) apart."
-        facts = [*_ANGLES, chance]
+            return absent or ["Not drawn: there are no two runs whose adapters share a module."]
+        chance = chance_angles(traces)
+        apart = f"{chance.columns:.0f}° (output) and {chance.rows:.0f}° (input)"
+        facts = [*_ANGLES, f"Spaces in random directions would be about {apart} apart.", *absent]
         if len(traces) < every:
-            facts.append(f"The first {len(traces)} of {every} runs, alike by method.")
+            facts.append(f"{len(traces)} of {every} runs, alike by group.")
         return facts
 
 
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
-def _blocks(mixers: Mapping[str, torch.Tensor]) -> list[Block]:
+def _blocks(mixers: Mapping[str, Matrix]) -> list[Block]:
     """A block a stack, of at most MOST_LAYERS layers."""
     places = {module: place_of(module) for module in mixers}
     blocks = []
@@ -415,7 +416,7 @@ def _blocks(mixers: Mapping[str, torch.Tensor]) -> list[Block]:
             layers = [layers[round(i * (len(layers) - 1) / (MOST_LAYERS - 1))] for i in range(MOST_LAYERS)]
         kinds = sorted({place.kind for place in here.values()}, key=_kind_order)
         matrices = {
-            (_layer_name(place.layer), _short(place.kind)): mixers[module].abs().tolist()
+            (_layer_name(place.layer), _short(place.kind)): mixers[module]
             for module, place in here.items()
             if place.layer in layers
         }

@@ -116,7 +116,8 @@ class Curve:
 class Chart:
     """Curves over one pair of axes; ``guides`` are horizontal lines with the name of what would lie there.
 
-    ``left`` is where the x axis begins.
+    ``left`` is where the x axis begins, ``limits`` are the ends of the y axis; ``name`` tells a panel from others of
+    the same axes. A curve of one point is a mark.
     """
 
     x: str
@@ -125,6 +126,8 @@ class Chart:
     log: bool = False
     left: float | None = None
     guides: Mapping[float, str] = field(default_factory=dict)
+    limits: tuple[float, float] | None = None
+    name: str = ""
 
 
 def draw_lines(charts: Sequence[Chart], columns: int) -> dict[str, bytes]:
@@ -141,21 +144,22 @@ def compose_lines(charts: Sequence[Chart], columns: int) -> Figure:
     labelled = {(c.colour, c.marker): c for chart in charts for c in chart.curves}
     handles = [
         Line2D([], [], label=textwrap.fill(labelled[look].label, 40), color=look[0], marker=look[1])
-        for look in LOOKS
+        for look in dict.fromkeys((*LOOKS, *labelled))
         if look in labelled
     ]
     if any(curve.dashed for chart in charts for curve in chart.curves):
         handles.append(Line2D([], [], label="at the start", color=GREY, linestyle="--"))
     legend = _legend(figure, handles)
-    height = 1.65 * rows + legend
+    named = 0.16 if any(chart.name for chart in charts) else 0.0
+    height = (1.65 + named) * rows + legend
     figure.set_figheight(height)
     margins = {
         "left": 0.5 / TEXT,
         "right": 1 - 0.08 / TEXT,
-        "top": 1 - 0.1 / height,
+        "top": 1 - (0.1 + named) / height,
         "bottom": (legend + 0.4) / height,
     }
-    grid = figure.add_gridspec(rows, columns, wspace=0.32 if columns > 2 else 0.2, hspace=0.42, **margins)
+    grid = figure.add_gridspec(rows, columns, wspace=0.32 if columns > 2 else 0.2, hspace=0.42 + named, **margins)
     for number, chart in enumerate(charts):
         _chart(figure.add_subplot(grid[divmod(number, columns)]), chart, f"({LETTERS[number]})")
     return figure
@@ -171,12 +175,19 @@ def _chart(axes: Axes, chart: Chart, letter: str) -> None:
             continue
         # More markers than that would hide the line.
         axes.plot(x, y, marker=curve.marker, markevery=max(1, len(x) // 6), **EDGE, **look)
+        if len(x) == 1:
+            axes.plot([*x, *x], [*low, *high], linewidth=0.8, **look)
+            continue
         axes.fill_between(x, low, high, color=curve.colour, alpha=0.12, linewidth=0, zorder=2)
     if chart.log:
         axes.set_yscale("log")
     axes.set(xlabel=chart.x, ylabel=f"{letter} {chart.y}")
     if chart.left is not None:
         axes.set_xlim(left=chart.left)
+    if chart.limits is not None:
+        axes.set_ylim(chart.limits)
+    if chart.name:
+        axes.annotate(chart.name, (0, 1), (0, 4), "axes fraction", "offset points", va="bottom", fontweight="bold")
     for value in chart.guides:
         axes.axhline(value, color=GREY, linewidth=0.6, linestyle=":", zorder=1)
     bottom, top = axes.get_ylim()

@@ -161,6 +161,9 @@ _LATEX = {
     "±": r"$\pm$",
     "†": r"$^{\dagger}$",
     "‡": r"$^{\ddagger}$",
+    "Δ": r"$\Delta$",
+    "²": r"$^{2}$",
+    "·": r"$\cdot$",
     **{mark: rf"$^{{\mathrm{{{name[0].lower()}}}}}$" for name, mark in PROVENANCE_MARKS.items()},
 }
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from . import commands
 from .aggregate import Row, Setting
+from .arms import RATE, contexts, settings_of, split
 from .claims import Arm, Statement, paper_gap
-from .compare import Comparison, contexts, present, split
+from .compare import Comparison, present
 from .formats import interval, p_value, points
 from .load import REFERENCES
 from .paper import PaperNumbers
@@ -41,14 +43,35 @@ _SCALES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """One claim in one setting, with its outcome and the sentences that give the reasons."""
+    """One claim in one setting, with its outcome and the sentences that give the reasons.
+
+    Attributes:
+        gap: the paper's in points, or the one that stands in for it (:class:`analysis.claims.Statement`).
+        where: base model or other conditions, where a page has several.
+    """
 
     statement: Statement
     title: str
     outcome: str
     reasons: tuple[str, ...]
     comparison: Comparison | None
-    gap: float | None  # the paper's, in points
+    gap: float | None
+    where: str = ""
+
+    @property
+    def paper_gap(self) -> float | None:
+        """The size of the claim in the paper."""
+        return self.gap if self.statement.gap else None
+
+
+@dataclass(frozen=True)
+class VerdictPage(Document):
+    """The page of all verdicts of one experiment, scale and protocol, and the verdicts themselves."""
+
+    experiment: str = ""
+    scale: str = ""
+    protocol: str = ""
+    verdicts: tuple[Verdict, ...] = ()
 
 
 def build(
@@ -59,7 +82,7 @@ def build(
     rows: Sequence[Row],
     statements: Sequence[Statement],
     numbers: PaperNumbers,
-) -> Document:
+) -> VerdictPage:
     """The verdict of one scale and protocol."""
     verdicts = verdicts_of(experiment, scale, protocol, compared, rows, statements, numbers)
     title = f"Verdict, {experiment.replace('_', ' ')}: scale {scale}, evaluation protocol {protocol}"
@@ -74,13 +97,17 @@ def build(
             + "\n"
         )
     lines = [{"scale": scale, "protocol": protocol, **_csv_line(found)} for found in verdicts]
-    return Document(
+    return VerdictPage(
         folder=f"{scale}/{protocol}",
         name="verdict",
         title=title,
         markdown="\n".join(paragraphs),
         csv=csv_text(CSV_FIELDS, lines),
         latex="\n".join(latex),
+        experiment=experiment,
+        scale=scale,
+        protocol=protocol,
+        verdicts=tuple(verdicts),
     )
 
 
@@ -124,9 +151,9 @@ def verdicts_of(
         }
         have = {_key(row): row for row in rows if row.setting == setting and row.method not in REFERENCES}
         for context in contexts(have):
-            where = _where(setting, context, several=len(contexts(have)) > 1)
+            where = ", ".join(_where(setting, context, several=len(contexts(have)) > 1))
             for statement in statements:
-                title = f"{statement.text} ({statement.source}){where}"
+                title = f"{statement.text} ({statement.source})" + (f" [{where}]" if where else "")
                 gap = paper_gap(statement.gap or statement.yardstick, numbers)
                 sides = (statement.first, statement.second)
                 keys = [present(have, side, context) for side in sides]
@@ -138,7 +165,7 @@ def verdicts_of(
                     outcome, reasons = judge(comparison, statement, gap)
                 if outcome == NOT_RUN:
                     reasons.append(_command(experiment, scale, protocol, missing or sides, have, context))
-                found.append(Verdict(statement, title, outcome, tuple(reasons), comparison, gap and gap[0]))
+                found.append(Verdict(statement, title, outcome, tuple(reasons), comparison, gap and gap[0], where))
     return found
 
 
@@ -146,12 +173,11 @@ def _key(row: Row) -> tuple[str, str]:
     return row.method, row.label
 
 
-def _where(setting: Setting | None, context: str, several: bool) -> str:
+def _where(setting: Setting | None, context: str, several: bool) -> list[str]:
     names = [] if setting is None else [setting.base]
     if setting is not None and setting.quantization != "none":
         names.append(setting.quantization.upper())
-    names += [context] if context and (setting is None or several) else []
-    return f" [{', '.join(names)}]" if names else ""
+    return names + ([context] if context and (setting is None or several) else [])
 
 
 def judge(comparison: Comparison, statement: Statement, gap: tuple[float, str] | None) -> tuple[str, list[str]]:
@@ -205,11 +231,17 @@ def _numbers(comparison: Comparison, statement: Statement) -> str:
     first, second = comparison.means
     n = len(comparison.seeds)
     many = "1 pair of seeds" if n == 1 else f"{n} pairs of seeds"
+    titles = (_at_rate(statement.first, comparison.first.row), _at_rate(statement.second, comparison.second.row))
     return (
-        f"{statement.first.title}: {100 * first.mean:.1f}, {statement.second.title}: {100 * second.mean:.1f} in the "
+        f"{titles[0]}: {100 * first.mean:.1f}, {titles[1]}: {100 * second.mean:.1f} in the "
         f"mean over {len(comparison.tasks)} task{'s' * (len(comparison.tasks) > 1)}, a difference of "
         f"{points(comparison.mean.by_seed.mean)} points over {many}."
     )
+
+
+def _at_rate(side: Arm, row: Row) -> str:
+    rate = settings_of(row.label).get(RATE)
+    return side.title if rate is None else f"{side.title} (at rate {rate})"
 
 
 def _tests(comparison: Comparison) -> str:
@@ -256,20 +288,16 @@ def _command(
 ) -> str:
     """The command line that makes what is missing, with the seeds that the other arms have."""
     seeds = sorted({seed for (_, label), row in have.items() if split(label)[1] == context for seed in row.seeds})
-    listed = ",".join(map(str, seeds if len(seeds) > 1 else (0, 1, 2)))
-    mode = protocol.split("-")[0]
-    more = f" evaluation.mode={mode}" if mode in ("loglikelihood", "harness") else ""
-    commands = []
+    lines = []
     for side in sides:
         overrides = " ".join([*context.split(","), side.overrides]).strip()
-        arguments = f"-m scale={scale} {overrides} seed={listed}"
-        commands += [f"python -m {experiment}.train {arguments}", f"python -m {experiment}.evaluate {arguments}{more}"]
-    return f"To run it: {' && '.join(commands)}"
+        lines += commands.run(experiment, scale, overrides, protocol, seeds)
+    return f"To run it: {commands.joined(lines)}"
 
 
 def _csv_line(found: Verdict) -> dict[str, object]:
     line: dict[str, object] = {"claim": found.statement.id, "outcome": found.outcome, "unit": "points"}
-    line["paper_gap"] = found.gap if found.statement.gap else None
+    line["paper_gap"] = found.paper_gap
     if found.comparison is not None and found.comparison.mean is not None:
         setting, mean = found.comparison.first.row.setting, found.comparison.mean
         line |= {} if setting is None else {"base": setting.base, "quantization": setting.quantization}

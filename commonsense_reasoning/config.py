@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from moslora_core.knock_out_curve import KnockOutConfig
 from moslora_core.methods import AdapterConfig, MethodConfig
 from moslora_core.record import RunRecord
 from moslora_core.running import TrainingConfig
@@ -126,6 +127,7 @@ class EvaluationConfig:
         tasks: subset of ``data.tasks``; null for all.
         limit: first that many items of each task; null for all.
         chunk: items between two saves of a running evaluation.
+        knock_out: what the command ``knock_out`` leaves out of the adapter.
     """
 
     mode: str = "generate"
@@ -134,6 +136,7 @@ class EvaluationConfig:
     tasks: list[str] | None = None
     limit: int | None = None
     chunk: int = 256
+    knock_out: KnockOutConfig = field(default_factory=KnockOutConfig)
 
 
 @dataclass

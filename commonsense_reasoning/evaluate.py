@@ -17,12 +17,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from moslora_core import launch
 from moslora_core.errors import UserError
 from moslora_core.evaluations import (
     STAGE,
+    Scoring,
     check_positive,
     choose_tasks,
     digest,
@@ -164,11 +166,11 @@ def _load_tasks(config: Config, names: Sequence[str]) -> dict[str, Any]:
     return tasks
 
 
-def evaluate(config: Config, record: RunRecord, names: Sequence[str]) -> tuple[Evaluation, list[Prediction]]:
-    """Scores the tasks ``names``, chunk by chunk into the record's partial file.
+def scoring(config: Config, names: Sequence[str], adapter: Path | None) -> Scoring:
+    """How the tasks ``names`` are answered by the model with ``adapter`` on it.
 
     Raises:
-        UserError: unprepared data, an adapter that does not load.
+        UserError: unprepared data; of its ``load``, an adapter that does not load.
     """
     from .lm_eval_tasks import harness
 
@@ -176,32 +178,49 @@ def evaluate(config: Config, record: RunRecord, names: Sequence[str]) -> tuple[E
     tasks = _load_tasks(config, names)
     # Read once: some of lm-eval's own tasks process their documents anew at every access.
     docs = {task: list(found.eval_docs)[: config.evaluation.limit] for task, found in tasks.items()}
-    used = settings(config) | {"task_versions": {task: found.VERSION for task, found in tasks.items()}}
-    adapter = trained_adapter(record, config, EXPERIMENT)
 
     def load() -> harness.CausalLM:
         loaded = load_adapted(config.model, adapter)
         return harness.wrap(loaded, load_tokenizer(config.model), config.evaluation.batch_size)
 
-    def score(model: harness.CausalLM, task: str, indices: list[int]) -> list[Prediction]:
+    def answer(model: harness.CausalLM, task: str, indices: list[int]) -> list[Prediction]:
         return _predictions(name, task, harness.run_items(model, tasks[task], indices))
 
+    return Scoring(
+        name=name,
+        settings=settings(config) | {"task_versions": {task: found.VERSION for task, found in tasks.items()}},
+        digests={task: digest(rows) for task, rows in docs.items()},
+        sizes={task: len(docs[task]) for task in names},
+        load=load,
+        answer=answer,
+        result=lambda task, predictions: task_result(predictions),
+    )
+
+
+def evaluate(config: Config, record: RunRecord, names: Sequence[str]) -> tuple[Evaluation, list[Prediction]]:
+    """Scores the tasks ``names``, chunk by chunk into the record's partial file.
+
+    Raises:
+        UserError: unprepared data, an adapter that does not load.
+    """
+    adapter = trained_adapter(record, config, EXPERIMENT)
+    asked = scoring(config, names, adapter)
     results: dict[str, TaskResult] = {}
     predictions: list[Prediction] = []
     seconds = 0.0
     for task, found, spent in in_chunks(
-        record.partial_predictions_path(name),
-        fingerprint(adapter, used, {task: digest(rows) for task, rows in docs.items()}),
-        {task: len(docs[task]) for task in names},
+        record.partial_predictions_path(asked.name),
+        fingerprint(adapter, asked.settings, asked.digests),
+        asked.sizes,
         config.evaluation.chunk,
-        load,
-        score,
+        asked.load,
+        asked.answer,
     ):
-        results[task] = task_result(found)
+        results[task] = asked.result(task, found)
         _log(task, results[task])
         predictions += found
         seconds += spent
-    return Evaluation(name, results, round(seconds, 3), used), predictions
+    return Evaluation(asked.name, results, round(seconds, 3), asked.settings), predictions
 
 
 def _log(task: str, result: TaskResult) -> None:

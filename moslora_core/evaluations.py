@@ -13,15 +13,15 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
 from .base_models import adapter_digest
 from .errors import UserError
-from .record import Prediction, RunRecord, append_jsonl, repair_jsonl, write_atomic
+from .record import Prediction, RunRecord, TaskResult, append_jsonl, repair_jsonl, write_atomic
 from .running import check_on_finished
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,29 @@ logger = logging.getLogger(__name__)
 STAGE = "evaluate"
 
 Model = TypeVar("Model")
+
+
+@dataclass(frozen=True)
+class Scoring(Generic[Model]):
+    """One evaluation of an experiment: how its tasks are answered and scored, whatever adapter is on the model.
+
+    Attributes:
+        name: name of the evaluation in the run record.
+        settings: what the numbers depend on, beside the adapter and the items.
+        digests: task -> digest of its items.
+        sizes: task -> number of its items.
+        load: gives what answers; it has the model with its adapter, in evaluation mode, as ``model``.
+        answer: predictions for the items of a task with these indices, in their order.
+        result: the number of a task from the predictions for all of its items.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    digests: dict[str, str]
+    sizes: dict[str, int]
+    load: Callable[[], Model]
+    answer: Callable[[Model, str, list[int]], list[Prediction]]
+    result: Callable[[str, Sequence[Prediction]], TaskResult]
 
 
 def is_done(record: RunRecord, name: str, on_finished: str) -> bool:

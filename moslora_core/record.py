@@ -9,6 +9,8 @@
         results.json        training summary, and per evaluation {task: {metric, value, n, stderr, breakdown}}
         predictions.jsonl   one object an evaluated item: evaluation, task, id, gold, prediction, correct
                             (predictions.jsonl.gz in a record that is kept without its adapter)
+        knock_out/<evaluation>.json   the same tasks without some subspaces of the adapter; never part of results.json
+        subspaces.json      what the analysis reads out of adapter/ and adapters/, for records without them
         status.json         running | finished | failed, with stage and reason
 
 Every file but the growing ``*.jsonl`` logs is written to a temporary file and renamed, so that a reader (or a resumed
@@ -116,6 +118,51 @@ class Training:
 class Results:
     training: Training | None = None
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass
+class KnockOutPoint:
+    """The tasks as an adapter answers them without some of its subspaces.
+
+    Attributes:
+        order: which are gone: the weakest | strongest | random ones; ``diagonal`` and ``mixed`` are all terms of that
+            part of the update; ``none`` the whole adapter, ``all`` an adapter without any.
+        draw: which of several random orders.
+        share: of every module's subspaces that are gone, as asked for; of the parts as it is over all modules.
+        removed: number of subspaces that are gone, over all modules.
+        tasks: task -> value of its metric.
+        unparsed: share of all responses in which no answer was found, where the protocol parses one.
+    """
+
+    order: str
+    draw: int
+    share: float
+    removed: int
+    tasks: dict[str, float]
+    unparsed: float | None = None
+
+
+@dataclass
+class KnockOut:
+    """One evaluation of one adapter, repeated without some subspaces.
+
+    Attributes:
+        evaluation: name of the evaluation, as in the results.
+        unit: pairs (the terms m_ij B_i A_j) | ranks.
+        subspaces: how many the adapter has, over all modules.
+        items: task -> number of its items.
+        fingerprint: digest of adapter, settings and items.
+    """
+
+    evaluation: str
+    unit: str
+    subspaces: int
+    items: dict[str, int]
+    points: list[KnockOutPoint]
+    seconds: float
+    settings: dict[str, Any]
+    fingerprint: str
     schema_version: int = SCHEMA_VERSION
 
 
@@ -296,6 +343,30 @@ def _training(value: Any, where: str) -> Training:
     return training
 
 
+def _knock_out(path: Path) -> KnockOut:
+    raw = read_json(path)
+    found = raw.get("schema_version") if isinstance(raw, dict) else None
+    if found != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema_version {found!r}, expected {SCHEMA_VERSION}")
+    knock_out = _build(KnockOut, raw, str(path))
+    for name, kind in (("points", list), ("items", dict), ("settings", dict)):
+        if not isinstance(getattr(knock_out, name), kind):
+            raise UserError(f"{path}: {name} must be a {kind.__name__}, found {getattr(knock_out, name)!r}")
+    points = []
+    for number, value in enumerate(knock_out.points):
+        where = f"{path}: points.{number}"
+        point = _build(KnockOutPoint, value, where)
+        _check_finite(point, where, ("draw", "share", "removed"), ("unparsed",))
+        if not isinstance(point.tasks, dict) or point.tasks.keys() != knock_out.items.keys():
+            raise UserError(f"{where}: expected the tasks {sorted(knock_out.items)}, found {point.tasks!r}")
+        for task, share in point.tasks.items():
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise UserError(f"{where}: {task} must be a share in [0, 1], found {share!r}")
+        points.append(point)
+    knock_out.points = points
+    return knock_out
+
+
 # ------------------------------------------------------------------------------------------------------------ record
 
 
@@ -367,6 +438,13 @@ class RunRecord:
         """Where a running evaluation keeps its finished items; merged into predictions.jsonl at its end."""
         return self.path / f"predictions.{evaluation}.partial.jsonl"
 
+    @property
+    def subspaces_path(self) -> Path:
+        return self.path / "subspaces.json"
+
+    def knock_out_path(self, name: str) -> Path:
+        return self.path / "knock_out" / f"{name}.json"
+
     # status
     def status(self) -> Status | None:
         path = self.path / "status.json"
@@ -434,6 +512,20 @@ class RunRecord:
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_jsonl(self.metrics_path) if self.metrics_path.exists() else []
+
+    # knock-outs
+    def write_knock_out(self, name: str, knock_out: KnockOut) -> None:
+        """Adds (or replaces) one, and drops its partial file."""
+        write_json(self.knock_out_path(name), asdict(knock_out))
+        self.partial_predictions_path(name).unlink(missing_ok=True)
+
+    def knock_outs(self) -> dict[str, KnockOut]:
+        """The knock-outs of this run by name.
+
+        Raises:
+            UserError: a file is damaged or of another schema.
+        """
+        return {path.stem: _knock_out(path) for path in sorted(self.path.glob("knock_out/*.json"))}
 
     # running
     @contextmanager

@@ -189,16 +189,30 @@ def rank_one_terms(factors: Factors) -> RankOneTerms:
     energy = diagonal_norm**2 + mixed_norm**2
     product = diagonal_norm * mixed_norm
     cosine = float((diagonal * mixed).sum()) / product if product > 0 else 0.0
-    lengths = torch.outer(torch.linalg.norm(factors.B, dim=0), torch.linalg.norm(factors.A, dim=1))
     return RankOneTerms(
         weights=factors.M,
-        norms=abs(factors.scaling) * factors.M.abs() * lengths,
+        norms=term_sizes(factors),
         diagonal_norm=diagonal_norm,
         mixed_norm=mixed_norm,
         total_norm=float(torch.linalg.norm(diagonal + mixed)),
         mixed_share=mixed_norm**2 / energy if energy > 0 else 0.0,
         cosine=min(1.0, max(-1.0, cosine)),
     )
+
+
+def term_sizes(factors: Factors) -> torch.Tensor:
+    """|scaling| |m_ij| |B_i| |A_j|, the Frobenius norm of each term, (r, r)."""
+    lengths = torch.outer(torch.linalg.norm(factors.B, dim=0), torch.linalg.norm(factors.A, dim=1))
+    return abs(factors.scaling) * factors.M.abs() * lengths
+
+
+def rank_sizes(sizes: torch.Tensor) -> torch.Tensor:
+    """What each rank i counts, (r,): the norm of the sizes (r, r) of all terms in row i and column i of the mixer.
+
+    For plain LoRA, whose only term of rank i is B_i A_i, that is its size.
+    """
+    squares = sizes**2
+    return (squares.sum(dim=0) + squares.sum(dim=1) - squares.diagonal()).sqrt()
 
 
 def rank_one_term(factors: Factors, i: int, j: int) -> torch.Tensor:
@@ -221,26 +235,6 @@ def knock_out(factors: Factors, pairs: Iterable[tuple[int, int]]) -> torch.Tenso
             raise UserError(f"knock_out: subspace ({i}, {j}) lies outside 0..{factors.r - 1}, r is {factors.r}")
         mixer[i, j] = 0.0
     return mixer
-
-
-def subspaces_by_size(factors: Factors) -> list[tuple[int, int]]:
-    """The terms (i, j) of an update, largest |m_ij| |B_i| |A_j| first; the r diagonal ones alone for plain LoRA.
-
-    Terms of one size stand in the order of (i, j).
-    """
-    norms = rank_one_terms(factors).norms
-    pairs = [(i, j) for i in range(factors.r) for j in range(factors.r) if factors.mixed or i == j]
-    return sorted(pairs, key=lambda pair: -float(norms[pair]))
-
-
-def ranks_by_size(factors: Factors) -> list[int]:
-    """The ranks i of an update, largest first, by the norm of all terms' sizes in row i and column i of the mixer.
-
-    For plain LoRA, whose only term of rank i is B_i A_i, that is |B_i| |A_i|.
-    """
-    squares = rank_one_terms(factors).norms ** 2
-    sizes = squares.sum(dim=0) + squares.sum(dim=1) - squares.diagonal()
-    return sorted(range(factors.r), key=lambda i: -float(sizes[i]))
 
 
 def with_mixer(factors: Factors, mixer: torch.Tensor) -> Factors:

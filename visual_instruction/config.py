@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from moslora_core.knock_out_curve import KnockOutConfig
 from moslora_core.methods import MethodConfig
 from moslora_core.record import RunRecord
 from moslora_core.running import TrainingConfig
@@ -146,6 +147,7 @@ class EvaluationConfig:
         limit: first that many items of each benchmark; null for all.
         chunk: items between two saves of a running evaluation.
         max_new_tokens: length limit of an answer.
+        knock_out: what the command ``knock_out`` leaves out of the adapter.
     """
 
     split: str = "benchmarks"
@@ -154,6 +156,7 @@ class EvaluationConfig:
     limit: int | None = None
     chunk: int = 256
     max_new_tokens: int = 16
+    knock_out: KnockOutConfig = field(default_factory=KnockOutConfig)
 
 
 @dataclass

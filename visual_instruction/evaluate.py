@@ -26,6 +26,7 @@ from moslora_core import launch
 from moslora_core.errors import UserError
 from moslora_core.evaluations import (
     STAGE,
+    Scoring,
     check_positive,
     choose_tasks,
     fingerprint,
@@ -37,7 +38,7 @@ from moslora_core.evaluations import (
 from moslora_core.record import Evaluation, Prediction, RunRecord, TaskResult, write_atomic
 
 from .benchmarks.registry import BENCHMARKS, FREE_FORM_TOKENS, JUDGED
-from .benchmarks.scoring import Answer, answer, gold, task_result
+from .benchmarks.scoring import answer, gold, task_result
 from .benchmarks.tsv import Item, digest, first_questions, read_tsv
 from .config import CONF_MODULE, EXPERIMENT, NOT_IN_LABEL, Config, locate
 from .data import PREPARE
@@ -126,21 +127,16 @@ def _prediction(evaluation: str, name: str, item: Item, response: str) -> Predic
     return Prediction(evaluation, name, item.id, gold(item), found.prediction, found.correct, response)
 
 
-def evaluate(
-    config: Config, record: RunRecord, items: Mapping[str, Sequence[Item]]
-) -> tuple[Evaluation, list[Prediction]]:
-    """Answers the benchmarks, chunk by chunk into the record's partial file, and scores those that need no judge.
+def scoring(config: Config, items: Mapping[str, Sequence[Item]], adapter: Path | None) -> Scoring:
+    """How the benchmarks are answered by the model with ``adapter`` on it.
 
     Args:
         items: by benchmark.
 
     Raises:
-        UserError: an image that cannot be read, an adapter that does not load.
+        UserError: of its ``load`` and ``answer``, an adapter that does not load, an image that cannot be read.
     """
     name = evaluation_name(config)
-    used = settings(config)
-    adapter = trained_adapter(record, config, EXPERIMENT)
-    digests = {task: digest(tsv_path(config, task), found) for task, found in items.items()}
 
     def load() -> Responder:
         processor = load_processor(config.model)  # first: it is small, and checks the template
@@ -155,13 +151,41 @@ def evaluate(
         responses = model.respond(asked, config.evaluation.batch_size, limit)
         return [_prediction(name, task, item, said) for item, said in zip(asked, responses, strict=True)]
 
+    def result(task: str, predictions: Sequence[Prediction]) -> TaskResult:
+        answers = [answer(item, said.response) for item, said in zip(items[task], predictions, strict=True)]
+        return task_result(BENCHMARKS[task], items[task], answers)
+
+    return Scoring(
+        name=name,
+        settings=settings(config),
+        digests={task: digest(tsv_path(config, task), found) for task, found in items.items()},
+        sizes={task: len(found) for task, found in items.items()},
+        load=load,
+        answer=respond,
+        result=result,
+    )
+
+
+def evaluate(
+    config: Config, record: RunRecord, items: Mapping[str, Sequence[Item]]
+) -> tuple[Evaluation, list[Prediction]]:
+    """Answers the benchmarks, chunk by chunk into the record's partial file, and scores those that need no judge.
+
+    Args:
+        items: by benchmark.
+
+    Raises:
+        UserError: an image that cannot be read, an adapter that does not load.
+    """
+    adapter = trained_adapter(record, config, EXPERIMENT)
+    asked = scoring(config, items, adapter)
     by_task = in_chunks(
-        record.partial_predictions_path(name),
-        fingerprint(adapter, used, digests),
-        {task: len(found) for task, found in items.items()},
+        record.partial_predictions_path(asked.name),
+        fingerprint(adapter, asked.settings, asked.digests),
+        asked.sizes,
         config.evaluation.chunk,
-        load,
-        respond,
+        asked.load,
+        asked.answer,
     )
     results: dict[str, TaskResult] = {}
     scored: list[Prediction] = []
@@ -169,21 +193,19 @@ def evaluate(
     for task, found, spent in by_task:
         seconds += spent
         if BENCHMARKS[task].kind == JUDGED:
-            path = responses_path(record, name, task)
+            path = responses_path(record, asked.name, task)
             write_responses(path, items[task], [prediction.response for prediction in found])
             logger.info("%s: not scored here; %d responses for a judge in %s", task, len(found), path)
             continue
-        answers = [answer(item, prediction.response) for item, prediction in zip(items[task], found, strict=True)]
-        results[task] = _scored(task, items[task], answers)
+        results[task] = asked.result(task, found)
+        _log(task, results[task])
         scored += found
-    return Evaluation(name, results, round(seconds, 3), used), scored
+    return Evaluation(asked.name, results, round(seconds, 3), asked.settings), scored
 
 
-def _scored(name: str, items: Sequence[Item], answers: Sequence[Answer]) -> TaskResult:
-    result = task_result(BENCHMARKS[name], items, answers)
+def _log(task: str, result: TaskResult) -> None:
     unparsed = "" if result.unparsed is None else f", {result.unparsed:.1%} without an answer"
-    logger.info("%s: %s %.1f%% of %d%s", name, result.metric, 100 * result.value, result.n, unparsed)
-    return result
+    logger.info("%s: %s %.1f%% of %d%s", task, result.metric, 100 * result.value, result.n, unparsed)
 
 
 # --------------------------------------------------------------------------------------------------------- handed over

@@ -56,11 +56,15 @@ def add(
     kept: tuple[int, ...] = (),
     r: int = R,
     modules=MODULES,
+    mixed: bool | None = None,
     **given,
 ):
-    """A finished run of 50 steps with its adapter and kept copies; the mixers of step 0 are the seed's own."""
+    """A finished run of 50 steps with its adapter and kept copies; the mixers of step 0 are the seed's own.
+
+    ``mixed`` is whether there are mixers; in all methods but LoRA, unless told otherwise.
+    """
     record: RunRecord = runs.add(method, seed, label, **given)
-    mixed = method != "lora"
+    mixed = method != "lora" if mixed is None else mixed
     write(record.adapter_path, trained(seed, modules, r=r, mixed=mixed))
     for step in kept:
         start = trained(seed + 1000 * (step + 1), modules, r=r, mixed=mixed, zero=step == 0)

@@ -14,17 +14,22 @@ from hypothesis import strategies as st
 from analysis.load import load_runs
 from analysis.subspace import (
     Place,
-    chance_angle,
+    by_setting,
+    chance_angles,
+    drawn_groups,
     groups_of,
+    magnitudes,
     mean_angles,
     mean_spectrum,
     module_numbers,
     over_modules,
     over_seeds,
     place_of,
+    read_bases,
     read_trace,
     setting_of,
 )
+from analysis.subspace_files import load_traces
 from moslora_core.errors import UserError
 from moslora_core.subspaces import Factors
 
@@ -138,8 +143,8 @@ def test_a_trace_has_the_kept_copies_and_the_trained_adapter_last(runs):
     for step, mixer in mixers.items():
         expected = np.linalg.norm(mixer - mixers[0]) / np.linalg.norm(mixers[0])
         assert trace.steps[step][module].distance == pytest.approx(expected, rel=1e-6), step
-    np.testing.assert_array_equal(trace.start[module], mixers[0])
-    np.testing.assert_array_equal(trace.end[module], mixers[50])
+    np.testing.assert_array_equal(trace.start[module], np.abs(mixers[0]))
+    np.testing.assert_array_equal(trace.end[module], np.abs(mixers[50]))
     assert trace.steps[0][module].mixed_share is None
 
 
@@ -165,14 +170,13 @@ def test_what_cannot_be_read_is_named(runs):
     lokr = adapters.add(runs, "lokr", 1)
     (lokr.adapter_path / "adapter_config.json").write_text('{"peft_type": "LOKR"}')
     (adapters.add(runs, "lora", 4, kept=(0,)).kept_adapter_path(0) / "adapter_config.json").unlink()
-    groups, left_out = groups_of(load_runs(runs.root, "commonsense_reasoning")[0], runs.root)
-    assert [(group.key, [trace.run.seed for trace in group.traces]) for group in groups] == [
-        (("moslora", "default"), [1])
-    ]
+    ((_, _, trained),) = by_setting(load_runs(runs.root, "commonsense_reasoning")[0])
+    traces, left_out = load_traces(trained, runs.root)
+    assert [(trace.run.method, trace.run.label, trace.run.seed) for trace in traces] == [("moslora", "default", 1)]
     path = "commonsense_reasoning/smoke"
     assert left_out[0].startswith(f"{path}/lokr/default/seed-1: ") and "peft_type is LOKR" in left_out[0]
     assert left_out[1].startswith(f"{path}/lora/default/seed-4: adapters/step-0") and "adapter_config" in left_out[1]
-    assert left_out[2] == f"{path}/moslora/default/seed-2: no adapter beside the record"
+    assert left_out[2] == f"{path}/moslora/default/seed-2: no adapter and no subspaces.json beside the record"
     assert left_out[3].startswith(f"{path}/moslora/default/seed-3: adapter/adapter_model.safetensors: not a complete")
     assert len(left_out) == 4 and str(runs.root) not in "".join(left_out)
 
@@ -184,6 +188,37 @@ def test_a_setting_is_the_base_model_where_evaluations_name_one(runs, visual):
     (second,) = load_runs(visual.root, "visual_instruction")[0]
     assert setting_of(first) is None
     assert (setting_of(second).base, setting_of(second).quantization) == ("other/base", "nf4")
+
+
+@pytest.mark.parametrize("r", [5, 32, 33, 70])
+def test_large_mixers_are_kept_as_means_over_blocks(r):
+    M = np.random.default_rng(r).standard_normal((r, r))
+    found = np.array(magnitudes(torch.from_numpy(M)))
+    block = 1 if r <= 32 else 2 if r <= 64 else 3
+    assert len(found) == -(-r // block) <= 32
+    for i, j in ((0, 0), (1, 2), (len(found) - 1, 0), (len(found) - 1, len(found) - 1)):
+        part = np.abs(M)[i * block : (i + 1) * block, j * block : (j + 1) * block]
+        assert found[i, j] == pytest.approx(part.mean())
+
+
+def test_the_drawn_groups_are_those_of_most_seeds_with_lora_and_mixers_first(runs):
+    one = adapters.MODULES[:1]
+    for number in range(4):  # a learning rate grid: one seed each
+        adapters.add(runs, "lora", 0, f"training.learning_rate=0.{number}", modules=one)
+    for seed in (1, 2):
+        for method, label in (
+            *(("lora", "adapter.r=4"), ("lora", "default"), ("lora_scaled", "default"), ("two_subspaces", "default")),
+            *(("moslora", f"method.mixer_init={init}") for init in ("gaussian", "identity", "orthogonal", "zero")),
+        ):
+            adapters.add(runs, method, seed, label, modules=one, mixed=not method.startswith("lora"))
+    ((_, _, trained),) = by_setting(load_runs(runs.root, "commonsense_reasoning")[0])
+    groups = groups_of(load_traces(trained, runs.root)[0])
+    assert [group.key for group in drawn_groups(groups)] == [
+        ("lora", "default"),
+        ("two_subspaces", "default"),
+        *(("moslora", f"method.mixer_init={init}") for init in ("gaussian", "identity", "orthogonal", "zero")),
+    ]
+    assert drawn_groups([]) == []
 
 
 # ---------------------------------------------------------------------------------------------------------- summaries
@@ -210,7 +245,7 @@ def test_spectra_of_several_lengths_are_averaged_where_they_are():
 
 
 def test_angles_are_those_of_the_updates(runs):
-    first, second = (trace_of(runs, adapters.add(runs, method, 1 + n)) for n, method in enumerate(("lora", "moslora")))
+    first, second = (read_bases(adapters.add(runs, method, 1 + n)) for n, method in enumerate(("lora", "moslora")))
     expected = {"columns": [], "rows": []}
     for number, _ in enumerate(adapters.MODULES):
         (A1, _, B1), (A2, M2, B2) = adapters.matrices(100 + number), adapters.matrices(200 + number)
@@ -227,14 +262,14 @@ def test_angles_are_those_of_the_updates(runs):
 
 
 def test_angles_are_over_the_modules_in_common(runs):
-    some = trace_of(runs, adapters.add(runs, "lora", 1, modules=adapters.MODULES[:2]))
-    every = trace_of(runs, adapters.add(runs, "lora", 2))
-    none = trace_of(runs, adapters.add(runs, "lora", 3, modules=("model.layers.7.mlp.up_proj",)))
+    some = read_bases(adapters.add(runs, "lora", 1, modules=adapters.MODULES[:2]))
+    every = read_bases(adapters.add(runs, "lora", 2))
+    none = read_bases(adapters.add(runs, "lora", 3, modules=("model.layers.7.mlp.up_proj",)))
     assert 0 < mean_angles(some, every).columns < 90
     assert (mean_angles(some, none).columns, mean_angles(some, none).rows) == (None, None)
     wider = runs.add("lora", 4)
     adapters.write(wider.adapter_path, {adapters.MODULES[0]: adapters.matrices(0, mixed=False, out=9)})
-    assert mean_angles(every, trace_of(runs, wider)).columns is None
+    assert mean_angles(every, read_bases(wider)).columns is None
 
 
 def test_the_angle_of_chance_is_that_of_random_spaces(runs):
@@ -242,9 +277,10 @@ def test_the_angle_of_chance_is_that_of_random_spaces(runs):
     adapters.write(record.adapter_path, {"model.layers.0.mlp.up_proj": adapters.matrices(0, 4, 64, 32, mixed=False)})
     trace = trace_of(runs, record)
     rng = np.random.default_rng(1)
-    for side, size in ((0, 64), (1, 32)):
+    found = chance_angles([trace])
+    for angle, size in ((found.columns, 64), (found.rows, 32)):
         angles = [scipy.linalg.subspace_angles(*rng.standard_normal((2, size, 4))).mean() for _ in range(100)]
-        assert chance_angle([trace], side) == pytest.approx(np.degrees(np.mean(angles)), abs=1.5)
+        assert angle == pytest.approx(np.degrees(np.mean(angles)), abs=1.5)
 
 
 def test_a_missing_adapter_is_an_error_of_its_run(runs):

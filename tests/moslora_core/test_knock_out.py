@@ -19,10 +19,19 @@ from safetensors.numpy import load_file, save_file
 from moslora_core.adapter_files import write_adapter
 from moslora_core.errors import UserError
 from moslora_core.fold import fold_adapter
-from moslora_core.knock_out import knock_out_adapter, main, removed_pairs
-from moslora_core.subspaces import Factors, adapter_factors, rank_one_term, ranks_by_size, subspaces_by_size
+from moslora_core.knock_out import (
+    Terms,
+    knock_out_adapter,
+    main,
+    removed_pairs,
+    removed_ranks,
+    terms_of,
+    without_terms,
+)
+from moslora_core.mixer import seeded_generator
+from moslora_core.subspaces import Factors, adapter_factors, rank_one_term
 
-from .kinds import EMBEDDING, GROUPED2D, LINEAR, LLAMA, MIXERS, Kind, lora_layers, scramble
+from .kinds import EMBEDDING, FEW_MIXERS, GROUPED2D, LINEAR, LLAMA, MIXERS, Kind, lora_layers, scramble
 
 R = 4
 quick = settings(max_examples=40, deadline=None)
@@ -48,6 +57,10 @@ def update(folder) -> np.ndarray:
     """delta_W without its scaling, term by term."""
     A, M, B = (matrix.astype(np.float64) for matrix in arrays(folder))
     return sum(M[i, j] * np.outer(B[:, i], A[j]) for i in range(R) for j in range(R))
+
+
+def pairs(mask: torch.Tensor) -> list[tuple[int, int]]:
+    return [(i, j) for i, j in mask.nonzero().tolist()]
 
 
 def terms(folder) -> list[tuple[float, int, int, np.ndarray]]:
@@ -112,7 +125,7 @@ def test_the_copy_loads_and_applies_what_is_left(tmp_path, kind, mixer):
     after = adapter_factors(out)
     model = PeftModel.from_pretrained(kind.base(), out)
     for name, factors in before.items():
-        left = set(subspaces_by_size(factors)) - set(removed_pairs(factors, keep=2))
+        left = pairs(terms_of(factors).there & ~removed_ranks(terms_of(factors), factors.r - 2))
         assert len(left) == (4 if factors.mixed else 2)
         expected = sum(rank_one_term(factors, i, j) for i, j in left)
         torch.testing.assert_close(after[name].delta(), expected, atol=1e-7, rtol=1e-6)
@@ -166,16 +179,41 @@ def adapters(draw):
 @quick
 @given(adapters(), st.data())
 def test_weakest_and_strongest_part_the_update(factors, data):
-    count = len(subspaces_by_size(factors))
-    assert count == (factors.r**2 if factors.mixed else factors.r)
-    number = data.draw(st.integers(0, count))
-    weakest = removed_pairs(factors, zero_pairs=number)
-    strongest = removed_pairs(factors, zero_pairs=count - number, order="strongest")
-    assert len(weakest) == number and sorted(weakest + strongest) == sorted(subspaces_by_size(factors))
-    size = {pair: float(rank_one_term(factors, *pair).norm()) for pair in subspaces_by_size(factors)}
+    found = terms_of(factors)
+    assert found.number == (factors.r**2 if factors.mixed else factors.r) == int(found.there.sum())
+    number = data.draw(st.integers(0, found.number))
+    weakest = pairs(removed_pairs(found, number))
+    strongest = pairs(removed_pairs(found, found.number - number, "strongest"))
+    assert len(weakest) == number and sorted(weakest + strongest) == pairs(found.there)
+    size = {pair: float(rank_one_term(factors, *pair).norm()) for pair in pairs(found.there)}
     assert max((size[p] for p in weakest), default=0) <= min((size[p] for p in strongest), default=np.inf) + 1e-9
     total = sum((rank_one_term(factors, *pair) for pair in weakest + strongest), torch.zeros_like(factors.delta()))
     torch.testing.assert_close(total, factors.delta())
+
+
+@quick
+@given(adapters(), st.integers(0, 2**31), st.data())
+def test_a_random_order_is_the_seeds_own_and_nested(factors, seed, data):
+    """What goes first stays gone, so that a curve over the numbers follows one order."""
+
+    def of(number, seed=seed, removed=removed_pairs):
+        return removed(terms_of(factors), number, "random", torch.Generator().manual_seed(seed))
+
+    most = terms_of(factors).number
+    few, more = sorted(data.draw(st.tuples(st.integers(0, most), st.integers(0, most))))
+    assert int(of(few).sum()) == few and torch.equal(of(few), of(few))
+    assert not (of(few) & ~of(more)).any() and not (of(more) & ~terms_of(factors).there).any()
+    ranks = min(few, factors.r)
+    assert not (of(ranks, removed=removed_ranks) & ~of(min(more, factors.r), removed=removed_ranks)).any()
+
+
+def test_random_orders_take_every_term_alike_and_ignore_sizes():
+    sizes = torch.arange(16.0).view(4, 4)
+    counts = torch.zeros(4, 4)
+    for seed in range(400):
+        counts += removed_pairs(Terms(sizes, True), 4, "random", torch.Generator().manual_seed(seed))
+    # 400 draws of 4 from 16: each is expected 100 times, with a deviation of 8.7.
+    assert counts.sum() == 1600 and counts.min() > 65 and counts.max() < 135
 
 
 @quick
@@ -192,17 +230,52 @@ def test_of_nothing_it_is_the_identity_and_of_everything_zero(tmp_path_factory, 
 
     for name, numbers in {"a": {"zero_pairs": 0}, "b": {"keep": factors.r}}.items():
         assert bytes_of(knock_out_adapter(folder / "in", folder / name, **numbers)) == bytes_of(folder / "in")
-    for name, numbers in {"c": {"zero_pairs": len(subspaces_by_size(factors))}, "d": {"keep": 0}}.items():
+    for name, numbers in {"c": {"zero_pairs": terms_of(factors).number}, "d": {"keep": 0}}.items():
         (left,) = adapter_factors(knock_out_adapter(folder / "in", folder / name, **numbers)).values()
         assert not left.delta().any()
 
 
 @quick
-@given(adapters())
-def test_ranks_are_all_ranks_and_agree_with_the_terms_of_plain_lora(factors):
-    assert sorted(ranks_by_size(factors)) == list(range(factors.r))
+@given(adapters(), st.data())
+def test_of_plain_lora_ranks_and_pairs_are_the_same(factors, data):
+    number = data.draw(st.integers(0, factors.r))
+    order = data.draw(st.sampled_from(["weakest", "strongest"]))
     if not factors.mixed:
-        assert ranks_by_size(factors) == [i for i, _ in subspaces_by_size(factors)]
+        found = terms_of(factors)
+        assert torch.equal(removed_ranks(found, number, order), removed_pairs(found, number, order))
+
+
+# ---------------------------------------------------------------------------------------------------------- in memory
+
+
+@pytest.mark.parametrize("mixer", list(FEW_MIXERS))
+@pytest.mark.parametrize("kind", [LINEAR, GROUPED2D, EMBEDDING, LLAMA], ids=str)
+def test_a_model_without_terms_computes_what_the_copy_does_and_is_itself_again(tmp_path, kind, mixer):
+    adapter = saved(tmp_path, kind, **FEW_MIXERS[mixer])
+    model = PeftModel.from_pretrained(kind.base(), adapter).eval()
+    copy = knock_out_adapter(adapter, tmp_path / "out", zero_pairs=3, order="random", seed=5)
+    expected = PeftModel.from_pretrained(kind.base(), copy).eval()
+    removed = {
+        name: removed_pairs(terms_of(factors), 3, "random", seeded_generator(5, name))
+        for name, factors in adapter_factors(adapter).items()
+    }
+    x = kind.inputs(3)
+    with torch.no_grad():
+        before, left = model(x), expected(x)
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with without_terms(model, removed):
+            assert torch.equal(model(x), left)
+        assert not torch.equal(before, left) and torch.equal(model(x), before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_is_itself_again_after_an_error(tmp_path):
+    model = PeftModel.from_pretrained(LINEAR.base(), saved(tmp_path))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(KeyError), without_terms(model, {"layer": torch.ones(R, R, dtype=torch.bool)}):
+        assert not torch.equal(adapter_factors(model)["layer"].M, state["base_model.model.layer.lora_B.default.mixer"])
+        raise KeyError
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 # ------------------------------------------------------------------------------------------------------------ command
@@ -228,7 +301,7 @@ def test_the_command_writes_a_copy(tmp_path, capsys):
         (["{in}", "{out}", "--keep", "-1"], "keep is -1; expected 0 to 4"),
         (["{in}", "{out}", "--zero-pairs", "17"], "zero_pairs is 17; expected 0 to 16"),
         (["{in}", "{out}", "--zero-pairs", "few"], "invalid int value: 'few'"),
-        (["{in}", "{out}", "--keep", "1", "--order", "random"], "'random'"),
+        (["{in}", "{out}", "--keep", "1", "--order", "largest"], "'largest'"),
         (["{in}/none", "{out}", "--keep", "1"], "no such folder"),
         (["{in}", "{in}", "--keep", "1"], "exists and is not empty"),
     ],
@@ -246,4 +319,4 @@ def test_a_call_without_one_number_or_of_another_order_is_refused(tmp_path):
         with pytest.raises(UserError, match="one of zero_pairs and keep"):
             knock_out_adapter(tmp_path, tmp_path / "out", **given_)
     with pytest.raises(UserError, match="order must be one of"):
-        knock_out_adapter(tmp_path, tmp_path / "out", keep=1, order="random")
+        knock_out_adapter(tmp_path, tmp_path / "out", keep=1, order="largest")

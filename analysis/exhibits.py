@@ -1,0 +1,128 @@
+"""The paper's tables and figures in the order of the report: what makes each from the runs, and what makes the runs.
+
+One line each in ``EXHIBITS``. One whose runs are missing stays in the report, with the command that makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import commands, figure4, figure5, table1, table2, table3, table4, table5
+from .arms import Chosen
+from .figure5 import Figure
+from .load import LeftOut, Run
+from .paper import PaperNumbers
+from .task_table import Document
+
+# How the experiments are called in a sentence.
+TITLES = {
+    "commonsense_reasoning": "Commonsense reasoning",
+    "visual_instruction": "Visual instruction tuning",
+    "subject_driven_t2i": "Subject-driven generation",
+}
+COMMONSENSE, VISUAL, IMAGES = "commonsense_reasoning", "visual_instruction", "subject_driven_t2i"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What there is to make an exhibit of: the runs of its experiment, below ``runs_dir``, and the paper's numbers.
+
+    Attributes:
+        chosen: labels of the runs to show where arms have several (:func:`analysis.arms.find`).
+        normalised: divide every axis of a radar by its largest mean.
+    """
+
+    runs_dir: Path
+    runs: Sequence[Run]
+    left_out: Sequence[LeftOut]
+    numbers: PaperNumbers
+    chosen: Chosen | None = None
+    normalised: bool = False
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A table or figure of the paper.
+
+    Attributes:
+        id: of its entry in the paper's numbers.
+        experiment: whose runs it is made of; None for a definition.
+        build: makes its documents from the runs; none where nothing can be shown.
+        sweeps: arguments of the sweeps that make the runs.
+        parts: shares of the training data that are run one by one, each in a folder of its own.
+    """
+
+    id: str
+    experiment: str | None
+    build: Callable[[Given], Sequence[Document | Figure]]
+    sweeps: tuple[str, ...] = ()
+    parts: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """``Table 4``."""
+        return f"{self.id[:-1].capitalize()} {self.id[-1]}"
+
+    @property
+    def is_figure(self) -> bool:
+        return self.id.startswith("figure")
+
+    def commands(self, scale: str) -> list[str]:
+        """The command lines that make its runs at a scale, in the order in which they are typed."""
+        if self.experiment is None:
+            return []
+        lines = [commands.prepare(self.experiment, scale)]
+        for sweep in self.sweeps:
+            lines += commands.run(self.experiment, scale, sweep)
+        if self.parts:
+            lines += commands.run_parts(self.experiment, scale, self.sweeps[0], self.parts)
+        return lines
+
+
+def _nothing(_: Given) -> list[Document]:
+    """For an exhibit that nothing here makes yet."""
+    return []
+
+
+EXHIBITS = (
+    Exhibit(
+        *("table1", COMMONSENSE, lambda of: table1.build(of.runs, of.left_out, of.numbers, of.chosen)),
+        ("method=lora,two_subspaces adapter.r=8,16",),
+    ),
+    Exhibit("table2", None, lambda of: table2.build(of.numbers)),
+    Exhibit(
+        *("table3", COMMONSENSE, lambda of: table3.build(of.runs, of.left_out, of.numbers, of.chosen)),
+        ("method=lora", f"method=moslora method.mixer_init={','.join(table3.INITS)}"),
+    ),
+    Exhibit(
+        *("table4", COMMONSENSE, lambda of: table4.build(of.runs, of.left_out, of.numbers)),
+        ("method=lora,lokr,loha,adalora,dora,moslora",),
+    ),
+    Exhibit(
+        *("figure4", COMMONSENSE, lambda of: figure4.build(of.runs, of.left_out, of.numbers, of.chosen)),
+        *(("method=lora,moslora",), (0.125, 0.25, 0.5, 0.75)),
+    ),
+    Exhibit(
+        *("table5", VISUAL, lambda of: table5.build(of.runs, of.left_out, of.numbers)),
+        (
+            "method=lora,moslora model.quantization=none,nf4",
+            "method=moslora method.mixer_init=orthogonal model.quantization=none,nf4",
+        ),
+    ),
+    Exhibit(
+        *("figure5", VISUAL, lambda of: figure5.build(of.runs, of.left_out, of.numbers, of.normalised)),
+        ("method=lora,moslora",),
+    ),
+    Exhibit("figure6", IMAGES, _nothing, ("method=lora,moslora",)),
+    Exhibit("table6", IMAGES, _nothing, ("method=lora,moslora",)),
+)
+
+# The table of an experiment that shows all of its methods: the place of claims that are of no table of the paper.
+MAIN = {COMMONSENSE: "table4", VISUAL: "table5"}
+
+
+def experiments(exhibits: Iterable[Exhibit] = EXHIBITS) -> tuple[str, ...]:
+    """The experiments of the exhibits, in their order."""
+    return tuple(dict.fromkeys(exhibit.experiment for exhibit in exhibits if exhibit.experiment is not None))

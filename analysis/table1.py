@@ -1,0 +1,65 @@
+"""Table 1 of the paper: LoRA against two-subspaces mixing at ranks 8 and 16, from our runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from . import paper_rows
+from .arms import RATE, Chosen, settings_of, split, without
+from .claims import Arm, Statement
+from .load import LeftOut, Run
+from .paper import PaperNumbers
+from .paper_rows import Wanted
+from .task_table import Document
+
+RANKS = (8, 16)
+METHODS = {"lora": "LoRA", "two_subspaces": "Two-subspaces mixing"}
+# Overrides of an arm that change its rank; alpha is given beside it to keep alpha / r.
+SIZE = ("adapter.r", "adapter.lora_alpha")
+
+
+def build(
+    runs: Sequence[Run], left_out: Sequence[LeftOut], numbers: PaperNumbers, chosen: Chosen | None = None
+) -> list[Document]:
+    """A document per scale and evaluation protocol with runs of either method at either rank, in a stable order."""
+    return paper_rows.build("table1", wanted, runs, left_out, numbers, chosen)
+
+
+def wanted(runs: Sequence[Run]) -> list[Wanted]:
+    """Both methods at both ranks; a rank that was run at several alphas has a pair of rows for each."""
+    found = labels(runs)
+    rows = []
+    for rank in RANKS:
+        at = [label for label, of in found.items() if of == rank] or [f"adapter.r={rank}"]
+        for label in at:
+            note = "" if len(at) == 1 else f" ({label})"
+            arguments = "" if label == "default" else " " + label.replace(",", " ")
+            rows += [
+                Wanted(method, f"{title}, r = {rank}{note}", method, (label,), f"method={method}{arguments}")
+                for method, title in METHODS.items()
+            ]
+    return rows
+
+
+def labels(runs: Sequence[Run]) -> dict[str, int]:
+    """Label without learning rate -> rank, of the runs of both methods that set no more than their size."""
+    found: dict[str, int] = {}
+    for run in runs:
+        label = without(split(run.label)[0], RATE)
+        if run.method in METHODS and label not in found and set(settings_of(label)) <= set(SIZE) and "~" not in label:
+            rank = settings_of(label).get("adapter.r", run.setting("adapter.r"))
+            if rank is not None:
+                found[label] = int(rank)
+    return dict(sorted(found.items(), key=lambda item: (item[0] != "default", item)))
+
+
+def statements(runs: Sequence[Run]) -> list[Statement]:
+    """The claim of the table at every size that was named on the command line."""
+    found = {label: rank for label, rank in labels(runs).items() if label != "default" and rank in RANKS}
+    statements = []
+    for label, rank in found.items():
+        alone = list(found.values()).count(rank) == 1
+        text = f"Mixing two subspaces is better than LoRA at r = {rank}" + ("" if alone else f" ({label})")
+        arms = [Arm(METHODS[method], method, (label,)) for method in ("two_subspaces", "lora")]
+        statements.append(Statement(f"two_subspaces_{label}", text, "Table 1", *arms))
+    return statements
