@@ -7,11 +7,14 @@ BIN    := $(VENV)/bin
 # Extra arguments of pip, for example PIP_ARGS="--index-url ..." for a CPU-only or another CUDA build of torch.
 PIP_ARGS ?=
 SCALE  ?= smoke
+STUDY  ?= analysis/studies/commonsense_smoke.yaml
 SEEDS  ?= 0,1,2
 METHODS ?= lora,moslora
 MODES  ?= generate,loglikelihood
 RUNS   ?= runs
 REPORTS ?= reports
+# Definitions of the studies that the runs are of; kept results have them beside the runs.
+STUDIES ?= $(wildcard $(RUNS)/studies/*.yaml)
 JOBS   ?= 2
 
 EXTRAS := commonsense,visual,t2i,analysis,distributed,dev
@@ -52,8 +55,12 @@ reproduce-visual: $(STAMP) ## the runs of visual instruction tuning alone
 	$(BIN)/python -m visual_instruction.evaluate scale=$(SCALE) method=base runs_dir=$(RUNS) on_finished=skip
 
 .PHONY: report
-report: $(STAMP) ## tables from the run records in RUNS
-	$(BIN)/python -m analysis.report --runs $(RUNS) --out $(REPORTS)
+report: $(STAMP) ## tables, figures and verdicts from the run records in RUNS (committed ones: RUNS=results/runs)
+	$(BIN)/python -m analysis.report --runs $(RUNS) --out $(REPORTS) --subspaces $(STUDIES:%=--study %)
+
+.PHONY: study
+study: $(STAMP) ## run STUDY (analysis/studies/*.yaml) as far as it is missing, and report it
+	$(BIN)/python -m analysis.study $(STUDY) --runs $(RUNS) --out $(REPORTS) --jobs $(JOBS)
 
 .PHONY: test
 test: $(STAMP) ## ruff and the test suite

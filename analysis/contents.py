@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import rates_figure
 from .arms import Chosen
 from .claims import STATEMENTS
 from .comparisons import build as compared
@@ -13,6 +14,8 @@ from .exhibits import EXHIBITS, MAIN, Exhibit, Given
 from .figure5 import Figure
 from .load import LeftOut, Run, load_runs
 from .paper import PaperNumbers, PaperTable
+from .study_plan import Progress, Study
+from .study_view import study_runs
 from .task_table import Document
 from .verdict import Verdict, VerdictPage
 
@@ -97,10 +100,12 @@ def gather(
     comparisons: bool = True,
     subspaces: bool = False,
     chosen: Chosen | None = None,
+    studies: Sequence[Study] = (),
 ) -> Contents:
     """Reads the runs and makes every document of the report.
 
     Args:
+        studies: whose runs alone are shown of their experiment and scale, each arm at its learning rate.
         experiments: whose tables and figures are made.
         scale: of the runs, None for all.
         chosen: labels of the runs to show where arms have several (:func:`analysis.arms.find`).
@@ -108,11 +113,18 @@ def gather(
     The others are those of :func:`analysis.report.write_report`.
     """
     given = {}
+    followed = [Progress(study, runs_dir) for study in studies if study.experiment in experiments]
     for experiment in experiments:
         runs, left_out = load_runs(runs_dir, experiment, scale) if runs_dir.is_dir() else ([], [])
+        for progress in followed:
+            if progress.study.experiment == experiment:
+                runs, left_out = study_runs(progress, runs, left_out)
         given[experiment] = Given(runs_dir, runs, left_out, numbers, chosen, normalised)
     found = [Found(experiment, of.runs, of.left_out) for experiment, of in given.items()]
     further = []
+    for progress in followed if figures else ():
+        if scale in (None, progress.study.scale):
+            further += _parts(progress.study.experiment, rates_figure.build(progress))
     for experiment, of in given.items():
         if comparisons and experiment in STATEMENTS:
             documents = compared(experiment, runs_dir, of.runs, of.left_out, numbers, chosen=chosen)

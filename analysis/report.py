@@ -28,6 +28,7 @@ from .exhibits import experiments as all_experiments
 from .figure5 import Figure
 from .glance import glance
 from .paper import load_paper_numbers
+from .study_plan import Study, read_study
 from .tables import FEWER_TASKS, ONE_SEED, bullets, heading, markdown_table
 from .task_table import Document
 
@@ -45,6 +46,7 @@ def write_report(
     comparisons: bool = True,
     subspaces: bool = False,
     chosen: Chosen | None = None,
+    studies: Sequence[Study] = (),
 ) -> tuple[Path, str]:
     """Writes every table and figure and the report that holds them; returns its path and what a terminal shows.
 
@@ -53,6 +55,7 @@ def write_report(
         comparisons: compare the methods and judge the paper's claims.
         subspaces: draw what the mixers do inside the adapters, which reads their weights.
         chosen: (method, label) -> label of the runs that stand for it, where arms were run at several learning rates.
+        studies: whose runs alone are shown of their experiment and scale, each arm at the rate chosen for it.
 
     Raises:
         UserError: if there is no run at all, or a folder cannot be read or written.
@@ -64,6 +67,7 @@ def write_report(
         comparisons=comparisons,
         subspaces=subspaces,
         chosen=chosen,
+        studies=studies,
     )
     if not any(found.runs or found.left_out for found in contents.found):
         what = f"{' or '.join(experiments)}{f' at scale {scale}' if scale else ''}"
@@ -174,6 +178,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("reports"), help="folder to write to (default: reports)")
     parser.add_argument("--experiment", choices=EXPERIMENTS, help="only this experiment")
     parser.add_argument("--scale", help="only this scale, such as smoke")
+    parser.add_argument(
+        "--study",
+        type=Path,
+        action="append",
+        default=[],
+        help="show this study's runs, each arm at its learning rate, in place of all of that scale; repeatable",
+    )
     pictures = parser.add_mutually_exclusive_group()
     pictures.add_argument("--no-figures", action="store_true", help="tables only")
     pictures.add_argument(
@@ -200,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             normalised=arguments.normalised,
             comparisons=not arguments.no_comparisons,
             subspaces=arguments.subspaces,
+            studies=[read_study(path) for path in arguments.study],
         )
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")

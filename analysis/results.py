@@ -1,7 +1,8 @@
 """Keeps a study's results without what can be made again: ``python -m analysis.results STUDY --out results/runs``.
 
 Copies of its run records that are small enough for a repository, and whole enough for every table and figure: no
-adapters and no checkpoints, the predictions compressed and without the responses. A copy is a run record itself.
+adapters and no checkpoints, the predictions compressed and without the responses. A copy is a run record itself. The
+definition of the study is kept beside them, so that they can be reported as what they are.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import NoReturn
 
 from moslora_core.errors import UserError
 from moslora_core.prepared import new_folder, sha256, write_manifest
-from moslora_core.record import RunRecord
+from moslora_core.record import RunRecord, write_atomic
 
 from .study_plan import DONE, FAILED, GRID, Progress, Wanted, read_study
 
@@ -47,6 +48,7 @@ def keep(progress: Progress, out: Path) -> int:
             shutil.copyfile(shared, folder / shared.name)
         definition = {"study": study.name, "definition": {study.path.name: sha256(study.path)}}
         write_manifest(folder, definition, summarised=sorted(path.name for path in folder.iterdir() if path.is_dir()))
+    write_atomic(out / "studies" / f"{study.name}.yaml", study.path.read_bytes())
     return len(records)
 
 

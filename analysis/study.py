@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from moslora_core.errors import UserError
 
+from .report import write_report
 from .study_plan import (
     COMPARISON,
     DONE,
@@ -344,6 +345,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.list:
             return 0
         given_up = Runner(study, arguments.runs, arguments.jobs, arguments.launch).run()
+        path, text = write_report(
+            arguments.runs, arguments.out, (study.experiment,), study.scale, subspaces=True, studies=[study]
+        )
+        sys.stdout.write(f"{text}\nreport: {os.fspath(path)}\n")
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -35,7 +35,18 @@ def study_runs(
         elif of.part != GRID:
             plain = [f"{key}={value}" for key, value in of.overrides if key != study.rates.key]
             rate = dict(of.overrides).get(study.rates.key)
-            found.append(replace(run, label=override_label(plain), rate=rate and f"{study.rates.key}={rate}"))
+            found.append(
+                replace(
+                    run,
+                    label=override_label(plain),
+                    rate=rate and f"{study.rates.key}={rate}",
+                    evaluations={
+                        name: evaluation
+                        for name, evaluation in run.evaluations.items()
+                        if run.evaluation_names[name] != study.rates.choose_by
+                    },
+                )
+            )
     named = {entry.path for entry in unused}
     for path, run in wanted.items():
         state = progress.runs[run]
