@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -366,6 +366,7 @@ def test_tables_show_each_arm_at_its_rate_and_nothing_else(define, tmp_path):
         ("base", "default", None),
     }
     assert {run.seed for run in shown if run.method != "base"} == {0, 1}
+    assert {name for run in shown for name in run.evaluations} == {"exact"}  # not what the rates were chosen by
     assert [(entry.path, entry.reason) for entry in unused] == [
         ("toy_experiment/smoke/lora/default/seed-7", "no part of the study toy")
     ]
@@ -412,10 +413,9 @@ def test_kept_results_are_small_records_that_show_the_same(define, tmp_path, cap
     assert sum(path.stat().st_size for path in out.rglob("*")) < 10**6
     again = Progress(study, out)
     assert again.of_state(MISSING) == [] and again.choices == progress.choices
-    shown, kept = (
-        study_runs(of, *load_runs(of.runs_dir, study.experiment))[0] for of in (progress, again)
-    )  # fmt: skip
-    assert shown == kept
+    shown, kept = (study_runs(of, *load_runs(of.runs_dir, study.experiment))[0] for of in (progress, again))
+    assert [replace(run, folder=None) for run in shown] == [replace(run, folder=None) for run in kept]
+    assert read_study(out / "studies" / "toy.yaml") == replace(study, path=out / "studies" / "toy.yaml")
     (row,) = RunRecord(out / compared.path.relative_to(runs_dir)).predictions()
     assert row["correct"] is True and "response" not in row
     assert RunRecord(out / tried.path.relative_to(runs_dir)).predictions() == []
