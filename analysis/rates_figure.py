@@ -85,6 +85,7 @@ def build(progress: Progress) -> list[Figure]:
         "cannot be chosen.",
         *_ends(progress),
         *missing(progress),
+        f"All runs of the study: python -m analysis.study {study.path.as_posix()}",
     ]
     with publication():
         drawn = pictures(_compose(progress, trials))

@@ -60,7 +60,7 @@ def _path(runs_dir: Path, run) -> str:
 
 
 def missing(progress: Progress) -> list[str]:
-    """What a study still lacks, a line an arm and part, and the command that makes it."""
+    """What a study still lacks, a line an arm and part."""
     lacking: dict[tuple[str, str], int] = {}
     for run, found in progress.runs.items():
         if found.state not in (DONE, FAILED):
@@ -70,4 +70,4 @@ def missing(progress: Progress) -> list[str]:
     lines = [f"{arm}, {part}: {count} run{'s' * (count > 1)} missing" for (arm, part), count in lacking.items()]
     if unchosen:
         lines.append(f"the comparison of {', '.join(unchosen)}: the learning rates are not chosen yet")
-    return [*lines, f"command: python -m analysis.study {progress.study.path.as_posix()}"] if lines else []
+    return lines

@@ -137,6 +137,16 @@ def test_commands_of_the_documents_compose(experiment):
             compose("config", overrides=[override])
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_of_the_analysis_exist(document):
+    named = [command for package in ("analysis", "moslora_core") for command in commands(document, package)]
+    assert named
+    for module, *arguments in named:
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
+        for argument in arguments:
+            assert not argument.endswith(".yaml") or (ROOT / argument).is_file(), f"{module} {argument}"
+
+
 def test_every_make_target_that_the_documents_name_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.M))
