@@ -137,9 +137,9 @@ def test_commands_of_the_documents_compose(experiment):
             compose("config", overrides=[override])
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_commands_of_the_analysis_exist(document):
-    named = [command for package in ("analysis", "moslora_core") for command in commands(document, package)]
+def test_commands_of_the_analysis_and_the_adapter_exist():
+    packages = ("analysis", "moslora_core")
+    named = [command for document in DOCUMENTS for package in packages for command in commands(document, package)]
     assert named
     for module, *arguments in named:
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
