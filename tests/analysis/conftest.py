@@ -28,8 +28,8 @@ class Runs:
     """A folder of runs. ``add`` writes one finished run; ``accuracies`` maps tasks, or gives all of them one value.
 
     ``breakdown`` maps tasks to values of their parts. ``right`` maps tasks to whether each item was answered right,
-    which makes the accuracies and is written as predictions, with ``golds`` in turn as the right answers. ``config`` is
-    the text of config.yaml.
+    which makes the accuracies and is written as predictions, with ``golds`` in turn as the right answers. ``config``
+    is the text of config.yaml.
     """
 
     tasks = ("ARC-Easy", "openbookqa", "social_i_qa", "ARC-Challenge", "winogrande", "piqa", "boolq", "hellaswag")
