@@ -6,7 +6,7 @@ arm that has no runs without such an override is found by that of its one rate; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 # Overrides that belong to all methods of a comparison: the protocol and the base model.
 CONTEXT = ("protocol", "base", "model", "model.name", "model.quantization")
@@ -55,19 +55,47 @@ def find(
     Args:
         labels: without a learning rate, unless the rate is what the arm is about.
         context: of the rows to look among.
-        chosen: labels to show; where a label is not among them, its runs without an override of the rate are.
+        chosen: labels to show; where a label is not among them, its runs without an override of the rate are, or else
+            those at the one rate that it was run at.
     """
-    known = [label for of, label in rows if of == method and split(label)[1] == context]
+    rows, labels = list(rows), list(labels)
     for label in labels:
-        wanted = (chosen or {}).get((method, label))
-        if wanted is not None:
-            fits = [name for name in known if wanted in (name, split(name)[0])]
-        elif not (fits := [name for name in known if split(name)[0] == label]):
-            fits = at_rates(known, label)
-            fits = fits if len(fits) == 1 else []
-        if fits:
-            return method, fits[0]
+        if (wanted := (chosen or {}).get((method, label))) is not None:
+            return as_named(rows, method, [wanted, without(wanted, *CONTEXT)], context)
+    return as_named(rows, method, labels, context) or at_one_rate(rows, method, labels, context)
+
+
+def as_named(rows: Iterable[Key], method: str, labels: Iterable[str], context: str) -> Key | None:
+    """The row of a method under the first of ``labels`` that has one, context aside."""
+    known = _cores(rows, method, context)
+    return next(((method, known[label]) for label in labels if label in known), None)
+
+
+def at_one_rate(rows: Iterable[Key], method: str, labels: Iterable[str], context: str) -> Key | None:
+    """The row of a method under one of ``labels`` with a learning rate, if there is one rate alone."""
+    known = _cores(rows, method, context)
+    for label in labels:
+        if len(found := at_rates(known, label)) == 1:
+            return method, known[found[0]]
     return None
+
+
+def find_pair(
+    rows: Iterable[Key], first: tuple[str, Sequence[str]], second: tuple[str, Sequence[str]], context: str
+) -> tuple[Key | None, Key | None]:
+    """The rows of two arms, (method, labels), that are to be compared: both as they are named or both at a rate.
+
+    An arm at a rate that somebody tried and one at the rate that is there by default are no pair.
+    """
+    rows = list(rows)
+    named, tried = (tuple(of(rows, *arm, context) for arm in (first, second)) for of in (as_named, at_one_rate))
+    return tried if None in named and None not in tried else named
+
+
+def _cores(rows: Iterable[Key], method: str, context: str) -> dict[str, str]:
+    """Label without its context -> label, of the rows of a method in the context."""
+    split_labels = {label: split(label) for of, label in rows if of == method}
+    return {core: label for label, (core, of) in split_labels.items() if of == context}
 
 
 def at_rates(labels: Iterable[str], label: str) -> list[str]:

@@ -19,7 +19,7 @@ from moslora_core.record import TaskResult
 
 from . import claims
 from .aggregate import Row
-from .arms import Key, contexts, find, parts_of, split
+from .arms import Key, contexts, find_pair, parts_of, split
 from .items import Answers, Reader
 from .load import REFERENCES, Run
 from .statistics import (
@@ -152,16 +152,17 @@ def pairs(arms: Sequence[Arm], statements: Iterable[claims.Statement] = ()) -> l
             found |= {_key(arm, other): (arm, other) for other in others if other not in (None, arm)}
         for statement in statements:
             for context in contexts(members):
-                keys = [present(members, side, context) for side in (statement.first, statement.second)]
+                keys = present(members, statement, context)
                 if None not in keys:
                     first, second = (members[key] for key in keys)
                     found.setdefault(_key(first, second), (first, second))
     return list(found.values())
 
 
-def present(rows: Iterable[Key], side: claims.Arm, context: str) -> Key | None:
-    """The row, (method, label), that is the arm of a claim in this context; None if there is none."""
-    return find(rows, side.method, side.labels, context)
+def present(rows: Iterable[Key], statement: claims.Statement, context: str) -> tuple[Key | None, Key | None]:
+    """The rows, (method, label), that are the arms of a claim in this context; None for one that there is not."""
+    first, second = ((side.method, side.labels) for side in (statement.first, statement.second))
+    return find_pair(rows, first, second, context)
 
 
 def _is_rank(label: str, context: str) -> bool:

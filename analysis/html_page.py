@@ -95,9 +95,12 @@ def render(contents: Contents) -> str:
 def _template():
     try:
         from jinja2 import Environment, StrictUndefined
+        from markupsafe import Markup, escape
     except ImportError:
         raise UserError("the HTML report needs jinja2: install the extra analysis") from None
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    # Names of rows are lists of overrides without spaces: they may break behind a comma.
+    environment.filters["breakable"] = lambda text: escape(text).replace(",", Markup(",<wbr>"))
     environment.tests["block"] = lambda block, name: type(block).__name__.lower() == name
     return environment.from_string(files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
 

@@ -52,8 +52,9 @@ def compose_mixers(moments: Sequence[Moment], label: str) -> Figure:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    margin, gap, title, heading, bar = 0.22, 0.04, 0.2, 0.3, 0.42  # inches
+    margin, gap, title, bar = 0.3, 0.04, 0.2, 0.42  # inches
     blocks = moments[0].blocks
+    heading = 0.3 if any(block.name for block in blocks) else 0.17
     size = min(0.48, (COLUMN - margin - 0.06) / max(len(block.kinds) for block in blocks))
     heights = [heading + size * len(block.layers) for block in blocks]
     width, height = (COLUMN if len(moments) == 1 else TEXT), title + sum(heights) + bar
@@ -91,6 +92,8 @@ def _block(axes: Axes, block: Block, norm: object, gap: float) -> None:
     axes.set(xlim=(0, len(block.kinds)), ylim=(len(block.layers), 0))
     for number, kind in enumerate(block.kinds):
         axes.text(number + 0.5, -0.04, kind, fontsize=SMALL, ha="center", va="bottom")
+    numbered = [layer for layer in block.layers if layer]
+    axes.text(-0.08, -0.04, "layer" if numbered else "", fontsize=SMALL, color=GREY, ha="right", va="bottom")
     for number, layer in enumerate(block.layers):
         axes.text(-0.08, number + 0.5, layer, fontsize=SMALL, ha="right", va="center")
     if block.name:

@@ -156,9 +156,9 @@ def verdicts_of(
                 title = f"{statement.text} ({statement.source})" + (f" [{where}]" if where else "")
                 gap = paper_gap(statement.gap or statement.yardstick, numbers)
                 sides = (statement.first, statement.second)
-                keys = [present(have, side, context) for side in sides]
+                keys = present(have, statement, context)
                 missing = [side for side, key in zip(sides, keys, strict=True) if key is None]
-                comparison = None if missing else known[tuple(keys)]
+                comparison = None if missing else known[keys]
                 if comparison is None:
                     outcome, reasons = NOT_RUN, [f"No runs of {' and '.join(side.title for side in missing)}."]
                 else:

@@ -17,6 +17,7 @@ from moslora_core.record import (
     TaskResult,
     Training,
     append_jsonl,
+    write_atomic,
     write_json,
 )
 
@@ -27,7 +28,8 @@ class Runs:
     """A folder of runs. ``add`` writes one finished run; ``accuracies`` maps tasks, or gives all of them one value.
 
     ``breakdown`` maps tasks to values of their parts. ``right`` maps tasks to whether each item was answered right,
-    which makes the accuracies and is written as predictions, with ``golds`` in turn as the right answers.
+    which makes the accuracies and is written as predictions, with ``golds`` in turn as the right answers. ``config``
+    is the text of config.yaml.
     """
 
     tasks = ("ARC-Easy", "openbookqa", "social_i_qa", "ARC-Challenge", "winogrande", "piqa", "boolq", "hellaswag")
@@ -59,6 +61,7 @@ class Runs:
         breakdown: dict[str, dict[str, float]] | None = None,
         right: Mapping[str, Sequence[bool]] | None = None,
         golds: Sequence[str] = ("a", "b"),
+        config: str | None = None,
     ) -> RunRecord:
         if right is not None:
             accuracies = {task: float(np.mean(answers)) for task, answers in right.items()}
@@ -78,6 +81,8 @@ class Runs:
         protocols = (protocol,) if isinstance(protocol, str) else protocol
         evaluations = {name: Evaluation(name, tasks, 3.0, settings or {}) for name in protocols}
         record.write_results(Results(training, evaluations))
+        if config is not None:
+            write_atomic(record.config_path, config)
         if commit:
             write_json(record.path / "environment.json", {"train": {"git_commit": commit}})
         if right is not None:

@@ -174,6 +174,7 @@ def test_rows_of_the_same_overrides_are_compared_before_the_defaults(runs):
         f"moslora ({rate}) - moslora_frozen ({rate})",
         f"moslora_frozen ({rate}) - lora ({rate})",
         f"moslora (method.mixer_init=orthogonal,{rate}) - lora ({rate})",
+        f"moslora ({rate}) - moslora (method.mixer_init=orthogonal,{rate})",  # a claim of Table 3
         "dora (adapter.r=4) - lora",
     }
 

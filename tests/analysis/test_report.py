@@ -10,6 +10,7 @@ import sys
 from analysis.report import main
 
 COMPARISONS = ("comparisons", "verdict")
+TABLES = ("table3", "table4")  # that one row of LoRA is in
 
 
 def call(runs, out, *more):
@@ -20,36 +21,50 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_writes_and_prints_every_table(runs, tmp_path, capsys):
+def test_writes_every_table_and_prints_the_measured_ones(runs, tmp_path, capsys):
     runs.add("lora", protocol=("paper", "corrected"))
     out = tmp_path / "reports"
     assert call(runs, out) == 0
     files = contents(out)
     base = "commonsense_reasoning/smoke"
-    pages = [f"{base}/{protocol}/{page}" for protocol in ("paper", "corrected") for page in (*COMPARISONS, "table4")]
-    tables = {f"{page}.{suffix}" for page in pages for suffix in ("md", "csv", "tex")}
-    assert set(files) == tables | {"report.md"}
-    report = files["report.md"].decode()
+    pages = [f"{base}/{protocol}/{page}" for protocol in ("paper", "corrected") for page in (*COMPARISONS, *TABLES)]
+    tables = {f"{page}.{suffix}" for page in [*pages, "table2"] for suffix in ("md", "csv", "tex")}
+    assert set(files) == tables | {"report.md", "report.html"}
+    report, printed = files["report.md"].decode(), capsys.readouterr().out
     for protocol in ("paper", "corrected"):
-        assert files[f"{base}/{protocol}/table4.md"].decode() in report
+        page = files[f"{base}/{protocol}/table4.md"].decode()
+        assert page in report
         assert f"]({base}/{protocol}/table4.csv)" in report
-    assert capsys.readouterr().out == f"{report}\nreport: {out / 'report.md'}\n"
+        (row,) = (line for line in page.split("\n") if line.startswith("| lora "))
+        assert f"## Commonsense reasoning: scale smoke, evaluation protocol {protocol}\n" in printed and row in printed
+    assert "† one seed" in printed and "LLaMA-3" not in printed
+    assert "Missing: Table 1, Figure 4, Table 5, Figure 5, Figure 6, Table 6.\n" in printed
+    assert printed.endswith(f"\nreport: {out / 'report.html'}\n")
+
+
+def test_of_many_tables_a_terminal_gets_the_first(runs, tmp_path, capsys):
+    for number in range(130):
+        runs.add("lora", label=f"training.max_steps={number}", protocol=("a", "b"))
+    assert call(runs, tmp_path, "--no-comparisons") == 0
+    printed = capsys.readouterr().out
+    assert "protocol a\n" in printed and "protocol b\n" not in printed
+    assert "1 more tables are in the report.\n" in printed
 
 
 def test_writes_the_table_and_the_figure_of_visual_instruction(visual, tmp_path):
     visual.add("lora", accuracies=0.5)
-    assert call(visual, tmp_path) == 0
+    assert call(visual, tmp_path, "--experiment", "visual_instruction") == 0
     base = "visual_instruction/smoke/exact"
     written = {name for name in contents(tmp_path) if name.startswith("visual_instruction")}
     tables = {f"{base}/{page}.{suffix}" for page in (*COMPARISONS, "table5") for suffix in ("md", "csv", "tex")}
     assert written == tables | {f"{base}/figure5-smoke.{suffix}" for suffix in ("md", "csv", "pdf", "svg", "png")}
     report = (tmp_path / "report.md").read_text("utf-8")
     links = re.findall(r"\]\(([^)]+)\)", report)
-    assert set(links) == written and "![Figure 5" in report
+    assert set(links) == written | {f"table2.{suffix}" for suffix in ("md", "csv", "tex")} and "![Figure 5" in report
     page = tmp_path / f"{base}/figure5-smoke.md"
     (picture,) = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text("utf-8"))
     assert (page.parent / picture).exists()
-    assert call(visual, tmp_path / "tables", "--no-figures") == 0
+    assert call(visual, tmp_path / "tables", "--no-figures", "--experiment", "visual_instruction") == 0
     assert {name for name in contents(tmp_path / "tables") if "/" in name} == tables
 
 
@@ -67,7 +82,8 @@ def test_both_experiments_stand_in_one_report(runs, visual, tmp_path):
 def test_comparisons_can_be_left_out(runs, tmp_path):
     runs.add("lora")
     assert call(runs, tmp_path / "out", "--no-comparisons") == 0
-    assert {name.split("/")[-1].split(".")[0] for name in contents(tmp_path / "out")} == {"report", "table4"}
+    pages = {name.split("/")[-1].split(".")[0] for name in contents(tmp_path / "out")}
+    assert pages == {"report", "table2", *TABLES}
 
 
 def test_matplotlib_is_loaded_for_a_figure_alone(runs, visual, tmp_path):
@@ -101,7 +117,8 @@ def test_same_runs_same_bytes(runs, visual, tmp_path):
     process = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert process.returncode == 0, process.stderr
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    assert str(tmp_path) not in (tmp_path / "one" / "report.md").read_text("utf-8")
+    for name in ("report.md", "report.html"):
+        assert str(tmp_path) not in (tmp_path / "one" / name).read_text("utf-8")
 
 
 def test_a_terminal_without_unicode_gets_the_report(runs, tmp_path):
@@ -137,11 +154,13 @@ def failure(capsys):
 
 def test_no_runs_is_one_line_with_the_command_that_makes_them(runs, tmp_path, capsys):
     assert call(runs, tmp_path / "out") == 2
-    assert f"no runs of commonsense_reasoning or visual_instruction under {runs.root}" in (text := failure(capsys))
-    for experiment in ("commonsense_reasoning", "visual_instruction"):
+    names = "commonsense_reasoning or visual_instruction or subject_driven_t2i"
+    assert f"no runs of {names} under {runs.root}" in (text := failure(capsys))
+    for experiment in names.split(" or "):
         run = "scale=smoke method=moslora seed=1"
-        commands = [f"prepare_data scale=smoke && python -m {experiment}.train {run}", f"evaluate {run}"]
-        assert " && ".join(f"python -m {experiment}.{command}" for command in commands) in text
+        generate = [f"generate {run}"] * (experiment == "subject_driven_t2i")
+        stages = ["prepare_data scale=smoke", f"train {run}", *generate, f"evaluate {run}"]
+        assert " && ".join(f"python -m {experiment}.{stage}" for stage in stages) in text
     runs.root.mkdir()
     assert call(runs, tmp_path / "out", "--scale", "small") == 2
     assert "at scale small" in (text := failure(capsys)) and "scale=small method" in text

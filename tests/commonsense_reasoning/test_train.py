@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from commonsense_reasoning import train as train_module
@@ -429,6 +430,14 @@ def test_two_processes_train_as_one(deterministic, tmp_path):
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_zero_trains_as_one_process(deterministic, tmp_path, stage):
     main(deterministic)
-    sharded = having(deterministic, runs_dir=str(tmp_path / "sharded"), training__deepspeed=stage)
+    sharded = having(
+        deterministic, runs_dir=str(tmp_path / "sharded"), training__deepspeed=stage, training__keep_steps=STEPS
+    )
     launched(sharded, tmp_path, processes=2, DS_ACCELERATOR="cpu")
     close(sharded, deterministic)
+    # Copies along the training are whole too: ZeRO-3 gathers the parameters for each.
+    start, end = (load_file(path / "adapter_model.safetensors") for path in locate(sharded).kept_adapters().values())
+    trained = training_runs.adapter_of(locate(sharded))
+    assert training_runs.same(end, trained)
+    assert {name: tensor.shape for name, tensor in start.items()} == {n: tensor.shape for n, tensor in trained.items()}
+    assert all(tensor.any() != name.endswith(("lora_B.weight", "lora_B.raw")) for name, tensor in start.items())
