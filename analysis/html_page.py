@@ -32,7 +32,6 @@ from .verdict import (
     SMALLER,
     Verdict,
     VerdictPage,
-    reminder_of,
 )
 
 TEMPLATE = "report.html.jinja"
@@ -82,7 +81,7 @@ def render(contents: Contents) -> str:
     """The page."""
     return _template().render(
         glance=[_glance_line(*found) for found in glance.in_order(contents)],
-        reminders=list(dict.fromkeys(reminder_of(page.scale) for page, _ in contents.verdicts)),
+        reminders=list(dict.fromkeys(page.reminder for page, _ in contents.verdicts)),
         sections=[_section(section, contents) for section in contents.sections],
         further=[_page(part) for part in contents.further if not isinstance(part.document, VerdictPage)],
         found=[_found(found) for found in contents.found],

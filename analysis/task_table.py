@@ -194,11 +194,16 @@ def facts(runs: Sequence[Run], rows: Sequence[Row], protocol: str, columns: Colu
 
 def rates_fact(runs: Sequence[Run]) -> list[str]:
     """The learning rates that a study chose for the rows; nothing where the labels name all settings."""
-    chosen = {
-        row_name(run.method, [] if run.label == "default" else [run.label]): run.rate for run in runs if run.rate
-    }
-    rates = ", ".join(f"{name} {rate.partition('=')[2]}" for name, rate in sorted(chosen.items()))
-    return [f"Learning rates, each chosen on validation items for its row: {rates}."] if chosen else []
+    rows: dict[float, dict[str, None]] = defaultdict(dict)
+    for run in runs:
+        if run.rate is not None:
+            rows[float(run.rate.partition("=")[2])][row_name(run.method, [run.label] * (run.label != "default"))] = (
+                None
+            )
+    if not rows:
+        return []
+    chosen = [f"{rate:g} ({'all' if len(rows) == 1 else ', '.join(names)})" for rate, names in sorted(rows.items())]
+    return [f"Learning rates, each chosen on validation items for its method: {'; '.join(chosen)}."]
 
 
 def metric_fact(runs: Sequence[Run], protocol: str, columns: Columns) -> str:

@@ -71,6 +71,7 @@ class VerdictPage(Document):
     experiment: str = ""
     scale: str = ""
     protocol: str = ""
+    reminder: str = ""
     verdicts: tuple[Verdict, ...] = ()
 
 
@@ -86,7 +87,8 @@ def build(
     """The verdict of one scale and protocol."""
     verdicts = verdicts_of(experiment, scale, protocol, compared, rows, statements, numbers)
     title = f"Verdict, {experiment.replace('_', ' ')}: scale {scale}, evaluation protocol {protocol}"
-    reminder = reminder_of(scale)
+    tuned = any(run.rate for found in compared for run in (*found.first.runs, *found.second.runs))
+    reminder = reminder_of(scale, tuned)
     paragraphs = [heading(2, title), f"{plain(reminder)}\n"]
     for found in verdicts:
         paragraphs.append(f"**{plain(found.title)}: {found.outcome}.** {plain(' '.join(found.reasons))}\n")
@@ -107,12 +109,17 @@ def build(
         experiment=experiment,
         scale=scale,
         protocol=protocol,
+        reminder=reminder,
         verdicts=tuple(verdicts),
     )
 
 
-def reminder_of(scale: str) -> str:
-    """What a verdict cannot say, whatever the numbers are."""
+def reminder_of(scale: str, tuned: bool = False) -> str:
+    """What a verdict cannot say, whatever the numbers are.
+
+    Args:
+        tuned: whether a learning rate was chosen for every arm by itself.
+    """
     what = _SCALES.get(scale)
     far = (
         "These runs are of the paper's scale."
@@ -122,10 +129,16 @@ def reminder_of(scale: str) -> str:
         "from other models, data and lengths of training. They show what the methods do here, and whether the "
         "measurement could have told."
     )
+    rates = (
+        "Every method is compared at the learning rate that was chosen for it on validation items, from a grid and "
+        "few seeds; its variants (ranks, fractions of the data) are at the same rate."
+        if tuned
+        else "Every arm is compared at the settings that its row names; at another learning rate a difference may be "
+        "another."
+    )
     return (
-        f"{far} Every arm is compared at the settings that its row names; at another learning rate a difference may "
-        "be another. The paper's gaps come from single unseeded runs as far as is known. The intervals are those of "
-        "each claim alone, not adjusted for the number of claims."
+        f"{far} {rates} The paper's gaps come from single unseeded runs as far as is known. The intervals are those "
+        "of each claim alone, not adjusted for the number of claims."
     )
 
 

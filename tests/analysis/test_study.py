@@ -20,6 +20,7 @@ from analysis.results import main as main_results
 from analysis.study import Runner, jobs_of, listing, main
 from analysis.study_plan import COMPARISON, DONE, FAILED, GRID, MISSING, Progress, choose, read_study
 from analysis.study_view import missing, study_runs
+from analysis.task_table import rates_fact
 from moslora_core import launch
 from moslora_core.errors import UserError
 from moslora_core.record import Evaluation, Prediction, RunRecord, TaskResult, Training, append_jsonl
@@ -371,6 +372,22 @@ def test_tables_show_each_arm_at_its_rate_and_nothing_else(define, tmp_path):
         ("toy_experiment/smoke/lora/default/seed-7", "no part of the study toy")
     ]
     assert missing(progress) == []
+
+
+def test_a_table_says_which_rate_was_chosen_for_which_row(define, tmp_path):
+    study = define()
+    best = {"lora": 0.002, "orthogonal": 0.001}
+    progress = finish_all(study, tmp_path, lambda arm, rate: 0.5 - abs(rate - best.get(arm, 0)))
+    shown, _ = study_runs(progress, *load_runs(tmp_path, study.experiment))
+    (fact,) = rates_fact(shown)
+    assert fact.endswith(
+        ": 0.001 (moslora (method.mixer_init=orthogonal)); "
+        "0.002 (lora (data.train_items=8), lora, moslora (method.mixer_init=zero))."
+    )
+    assert rates_fact([run for run in shown if run.method == "lora"]) == [
+        "Learning rates, each chosen on validation items for its method: 0.002 (all)."
+    ]
+    assert rates_fact([replace(run, rate=None) for run in shown]) == []
 
 
 def test_what_is_missing_is_said(define, tmp_path):
