@@ -52,7 +52,7 @@ reproduce-visual: $(STAMP) ## the runs of visual instruction tuning alone
 	$(BIN)/python -m visual_instruction.evaluate scale=$(SCALE) method=base runs_dir=$(RUNS) on_finished=skip
 
 .PHONY: report
-report: $(STAMP) ## tables from the run records in RUNS
+report: $(STAMP) ## tables, figures and one HTML page from the run records in RUNS
 	$(BIN)/python -m analysis.report --runs $(RUNS) --out $(REPORTS)
 
 .PHONY: test
