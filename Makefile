@@ -55,7 +55,7 @@ reproduce-visual: $(STAMP) ## the runs of visual instruction tuning alone
 	$(BIN)/python -m visual_instruction.evaluate scale=$(SCALE) method=base runs_dir=$(RUNS) on_finished=skip
 
 .PHONY: report
-report: $(STAMP) ## tables, figures and verdicts from the run records in RUNS (committed ones: RUNS=results/runs)
+report: $(STAMP) ## tables, figures and one HTML page from the run records in RUNS (committed ones: RUNS=results/runs)
 	$(BIN)/python -m analysis.report --runs $(RUNS) --out $(REPORTS) --subspaces $(STUDIES:%=--study %)
 
 .PHONY: study

@@ -1,6 +1,6 @@
 """The paper's tables and figures in the order of the report: what makes each from the runs, and what makes the runs.
 
-One line each in ``EXHIBITS``. One whose runs are missing stays in the report, with the command that makes them.
+One entry each in ``EXHIBITS``. One whose runs are missing stays in the report, with the command that makes them.
 """
 
 from __future__ import annotations
@@ -88,35 +88,48 @@ def _nothing(_: Given) -> list[Document]:
 
 EXHIBITS = (
     Exhibit(
-        *("table1", COMMONSENSE, lambda of: table1.build(of.runs, of.left_out, of.numbers, of.chosen)),
-        ("method=lora,two_subspaces adapter.r=8,16",),
+        "table1",
+        COMMONSENSE,
+        lambda of: table1.build(of.runs, of.left_out, of.numbers, of.chosen),
+        sweeps=("method=lora,two_subspaces adapter.r=8,16",),
     ),
     Exhibit("table2", None, lambda of: table2.build(of.numbers)),
     Exhibit(
-        *("table3", COMMONSENSE, lambda of: table3.build(of.runs, of.left_out, of.numbers, of.chosen)),
-        ("method=lora", f"method=moslora method.mixer_init={','.join(table3.INITS)}"),
+        "table3",
+        COMMONSENSE,
+        lambda of: table3.build(of.runs, of.left_out, of.numbers, of.chosen),
+        sweeps=("method=lora", f"method=moslora method.mixer_init={','.join(table3.INITS)}"),
     ),
     Exhibit(
-        *("table4", COMMONSENSE, lambda of: table4.build(of.runs, of.left_out, of.numbers)),
-        ("method=lora,lokr,loha,adalora,dora,moslora",),
+        "table4",
+        COMMONSENSE,
+        lambda of: table4.build(of.runs, of.left_out, of.numbers),
+        sweeps=("method=lora,lokr,loha,adalora,dora,moslora",),
     ),
     Exhibit(
-        *("figure4", COMMONSENSE, lambda of: figure4.build(of.runs, of.left_out, of.numbers, of.chosen)),
-        *(("method=lora,moslora",), (0.125, 0.25, 0.5, 0.75)),
+        "figure4",
+        COMMONSENSE,
+        lambda of: figure4.build(of.runs, of.left_out, of.numbers, of.chosen),
+        sweeps=("method=lora,moslora",),
+        parts=(0.125, 0.25, 0.5, 0.75),
     ),
     Exhibit(
-        *("table5", VISUAL, lambda of: table5.build(of.runs, of.left_out, of.numbers)),
-        (
+        "table5",
+        VISUAL,
+        lambda of: table5.build(of.runs, of.left_out, of.numbers),
+        sweeps=(
             "method=lora,moslora model.quantization=none,nf4",
             "method=moslora method.mixer_init=orthogonal model.quantization=none,nf4",
         ),
     ),
     Exhibit(
-        *("figure5", VISUAL, lambda of: figure5.build(of.runs, of.left_out, of.numbers, of.normalised)),
-        ("method=lora,moslora",),
+        "figure5",
+        VISUAL,
+        lambda of: figure5.build(of.runs, of.left_out, of.numbers, of.normalised),
+        sweeps=("method=lora,moslora",),
     ),
-    Exhibit("figure6", IMAGES, _nothing, ("method=lora,moslora",)),
-    Exhibit("table6", IMAGES, _nothing, ("method=lora,moslora",)),
+    Exhibit("figure6", IMAGES, _nothing, sweeps=("method=lora,moslora",)),
+    Exhibit("table6", IMAGES, _nothing, sweeps=("method=lora,moslora",)),
 )
 
 # The table of an experiment that shows all of its methods: the place of claims that are of no table of the paper.

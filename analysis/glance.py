@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .contents import Contents
+from .exhibits import EXHIBITS
 from .formats import interval, points
 from .tables import MISSING, ONE_SEED, Grid
 from .verdict import Verdict, VerdictPage
 
+_NAMES = {exhibit.name for exhibit in EXHIBITS}
 HEADERS = ("Claim", "Where", "Runs", "Paper", "Here", "95% over seeds", "n", "Outcome")
 
 
@@ -48,7 +50,7 @@ def line(page: VerdictPage, verdict: Verdict) -> Line:
     n = 0 if comparison is None else len(comparison.seeds)
     return Line(
         claim=statement.text,
-        where=statement.source if len(statement.source) < 12 else "control",
+        where=statement.source if statement.source in _NAMES else "control",
         runs=", ".join([page.scale, page.protocol]) + (f"; {verdict.where}" if verdict.where else ""),
         paper=MISSING if verdict.paper_gap is None else f"{verdict.paper_gap:+.1f}",
         here=MISSING if found is None else points(found.by_seed.mean),

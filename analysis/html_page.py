@@ -83,11 +83,22 @@ def render(contents: Contents) -> str:
         glance=[_glance_line(*found) for found in glance.in_order(contents)],
         reminders=list(dict.fromkeys(page.reminder for page, _ in contents.verdicts)),
         sections=[_section(section, contents) for section in contents.sections],
-        further=[_page(part) for part in contents.further if not isinstance(part.document, VerdictPage)],
+        further=[group for group in _further(contents) if group["pages"]],
         found=[_found(found) for found in contents.found],
         left_out=[entry for found in contents.found for entry in found.left_out],
         marks=[(mark, name, PROVENANCE[name]) for name, mark in PROVENANCE_MARKS.items()],
     )
+
+
+def _further(contents: Contents) -> list[dict[str, object]]:
+    """What is of no exhibit; the pages of verdicts are shown at the exhibits."""
+    parts = [part for part in contents.further if not isinstance(part.document, VerdictPage)]
+    drawn = [_page(part) for part in parts if isinstance(part.document, Figure)]
+    tables = [_page(part) for part in parts if not isinstance(part.document, Figure)]
+    return [
+        {"anchor": "comparisons", "title": "Comparisons, pair by pair", "pages": tables},
+        {"anchor": "inside", "title": "Inside the adapters", "pages": drawn},
+    ]
 
 
 @cache
@@ -172,7 +183,7 @@ def _page(part: Part, paper: Grid | None = None) -> Page:
     facts, blocks = blocks[:at], blocks[at:]
     table = blocks[0] if blocks and isinstance(blocks[0], Table) else None
     marks = [] if table is None else [block for block in blocks[1:2] if isinstance(block, Bullets)]
-    blocks = [block for block in blocks if block not in marks]
+    blocks = [*blocks[:1], *blocks[1 + len(marks) :]]
     return Page(
         title=title.text,
         runs=document.folder.replace("/", ", "),

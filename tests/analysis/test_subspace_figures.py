@@ -93,8 +93,17 @@ def test_base_models_do_not_share_a_figure(visual, undrawn):
     assert not any("exact" in name for name in found)
 
 
-def test_same_adapters_same_bytes(few, drawn):
-    assert [figure.files() for figure in figures(few).values()] == [figure.files() for figure in drawn.values()]
+def test_same_adapters_same_bytes(runs, monkeypatch):
+    def pixels(figure):  # the formats' own bytes are tested with the style
+        figure.set_dpi(50)
+        figure.canvas.draw()
+        return {"png": bytes(figure.canvas.buffer_rgba())}
+
+    monkeypatch.setattr(subspace_plots, "pictures", pixels)
+    adapters.add(runs, "moslora", 1, kept=KEPT)
+    adapters.add(runs, "moslora", 2)
+    first, second = ([figure.files() for figure in figures(runs).values()] for _ in range(2))
+    assert first == second and "png" in first[1]
 
 
 # --------------------------------------------------------------------------------------------------------- the numbers
@@ -247,7 +256,7 @@ def test_nothing_lies_outside_a_picture(runs, monkeypatch):
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def test_the_report_draws_them_when_asked(few, tmp_path, capsys):
+def test_the_report_draws_them_when_asked(few, tmp_path, capsys, undrawn):
     command = ["--runs", str(few.root), "--no-comparisons", "--out"]
     assert main([*command, str(tmp_path / "plain")]) == 0
     assert not list((tmp_path / "plain").rglob("subspaces"))
