@@ -177,3 +177,11 @@ def test_no_folder_is_an_error(tmp_path):
 def test_empty_results_of_a_finished_run(runs):
     runs.add("none", training=None).write_results(Results())
     assert only_left_out(runs).reason == "not evaluated yet; the last finished stage is evaluate"
+
+
+def test_knocking_out_subspaces_is_no_part_of_what_made_the_numbers(runs):
+    record = runs.add()
+    stages = json.loads((record.path / "environment.json").read_text()) | {"knock_out": {"git_commit": "f" * 40}}
+    (record.path / "environment.json").write_text(json.dumps(stages))
+    (run,), _ = load_runs(runs.root, EXPERIMENT)
+    assert run.commits == {runs.commit}
