@@ -136,20 +136,38 @@ class GenerationConfig:
 
 
 @dataclass
+class EncoderConfig:
+    """A model that images are compared by, and what an image goes through before it.
+
+    Attributes:
+        path: folder, hub id or ``package:<module>[/<folder>]``.
+        resize: pixels that the shorter side is resized to (bicubic).
+        crop: side of the square that is then cut from the centre: the model's input size.
+    """
+
+    path: str = MISSING
+    revision: str | None = None
+    resize: int = 224
+    crop: int = 224
+
+
+@dataclass
 class EvaluationConfig:
     """How drawn images are scored.
 
     Attributes:
         evaluations: oracle (the smoke world's own) | dreambooth (DINO, CLIP-I, CLIP-T).
-        dino: self-supervised ViT that DINO similarity is taken with: folder, hub id or ``package:``.
+        dino: self-supervised ViT that DINO similarity is taken with; its own preprocessing by default.
         clip: CLIP model of CLIP-I and CLIP-T.
         batch_size: images looked at at once.
+        chunk: images between two saves of a running evaluation.
     """
 
     evaluations: list[str] = MISSING
-    dino: str | None = None
-    clip: str | None = None
+    dino: EncoderConfig = field(default_factory=lambda: EncoderConfig("facebook/dino-vits16", resize=256))
+    clip: EncoderConfig = field(default_factory=lambda: EncoderConfig("openai/clip-vit-base-patch32"))
     batch_size: int = 16
+    chunk: int = 64
 
 
 @dataclass
