@@ -8,6 +8,7 @@
         adapters/step-<n>/  copies of the adapter along the training, step-0 the start, if training.keep_steps is set
         results.json        training summary, and per evaluation {task: {metric, value, n, stderr, breakdown}}
         predictions.jsonl   one object an evaluated item: evaluation, task, id, gold, prediction, correct
+        images/ and more    of runs that draw images, see drawn_images.py
         status.json         running | finished | failed, with stage and reason
 
 Every file but the growing ``*.jsonl`` logs is written to a temporary file and renamed, so that a reader (or a resumed
@@ -78,6 +79,14 @@ class TaskResult:
     unparsed: float | None = None  # share of responses in which no answer was found, where the protocol parses one
     lenient: float | None = None  # the same metric under a more forgiving reading of the responses
     breakdown: dict[str, TaskResult] | None = None
+
+
+SIMILARITY = "cosine similarity"  # how the names of metrics begin whose values may be negative
+
+
+def bounds(metric: str) -> tuple[int, int]:
+    """Least and largest value that a metric can have: all are shares but cosine similarities."""
+    return (-1, 1) if metric.startswith(SIMILARITY) else (0, 1)
 
 
 @dataclass
