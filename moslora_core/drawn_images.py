@@ -64,7 +64,8 @@ def read_drawn(record: RunRecord) -> list[DrawnImage]:
     path = record.path / MANIFEST
     if not path.exists():
         return []
-    found = [_drawn(row, f"{path} line {number}") for number, row in enumerate(read_jsonl(path), start=1)]
+    rows = read_jsonl(path)
+    found = [_drawn(row, record.path, f"{path} line {number}") for number, row in enumerate(rows, start=1)]
     found.sort(key=lambda image: image.key)
     for image, following in pairwise(found):
         if image.key == following.key:
@@ -72,13 +73,15 @@ def read_drawn(record: RunRecord) -> list[DrawnImage]:
     return found
 
 
-def _drawn(row: dict[str, Any], where: str) -> DrawnImage:
+def _drawn(row: dict[str, Any], folder: Path, where: str) -> DrawnImage:
     values = {}
     for field in fields(DrawnImage):
         value, kind = row.get(field.name), _KINDS[field.type]
         if type(value) is not kind:
             raise UserError(f"{where}: {field.name} must be {kind.__name__}, found {value!r}")
         values[field.name] = value
+    if not (folder / values["file"]).resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{where}: file must lie in the run's folder, found {values['file']!r}")
     return DrawnImage(**values)
 
 
