@@ -1,9 +1,11 @@
 """Images that a run drew, as its record keeps them: the files, what each was drawn from, and scores image by image.
 
-images/<prompt>-<image>.png     numbers of three and two digits
-images.jsonl                    one object an image: prompt_index, index, prompt, class_prompt, noise_seed, file, sha256
-references/<number>.png         the real images that the drawn ones were compared with, reduced in size
-scores.jsonl                    one object an image and evaluation: evaluation, prompt_index, index, and the scores
+    images/<prompt>-<image>.png     numbers of three and two digits
+    images.jsonl                    one object an image: what it was drawn from, its file, and that file's sha256
+    references/<number>.png         the real images that the drawn ones were compared with, reduced in size
+    scores.jsonl                    one object an image and evaluation: evaluation, prompt_index, index, and the scores
+
+The references are in the record so that it can be shown without the data that the run was trained on.
 """
 
 from __future__ import annotations
