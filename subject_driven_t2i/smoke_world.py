@@ -230,7 +230,9 @@ def expected(subject_name: str, prompt_template: str) -> Reading:
         UserError: for an unknown subject.
     """
     if subject_name not in SPRITES:
-        raise UserError(f"subject: '{subject_name}' is none of the smoke world's; expected one of {', '.join(SPRITES)}")
+        raise UserError(
+            f"subject: '{subject_name}' is none of the smoke world's; expected one of {', '.join(SPRITES)}"
+        )
     sprite = SPRITES[subject_name]
     named = [word for word in prompt_template.split() if word in BACKGROUNDS]
     return Reading(sprite.shape, sprite.colour, sprite.core, named[0] if named else None)
@@ -251,7 +253,7 @@ _NEAR, _SHARE = 64.0, 0.6
 
 @cache
 def _templates() -> tuple[list[str], np.ndarray]:
-    """Shape of each template, and its regions: (templates, 3, SIDE * SIDE)."""
+    """Shape of each template, and its regions: (templates, 3, SIDE * SIDE) of zeros and ones."""
     moves = range(-_REACH, _REACH + 1)
     keys = [(shape, dx, dy) for shape in SHAPES for dx in moves for dy in moves]
     regions = np.stack([_regions(*key) for key in keys]).reshape(len(keys), 3, -1)
@@ -275,7 +277,7 @@ def read(image: Image.Image) -> Reading:
     background = _colour_of(pixels[_frame()], BACKGROUNDS)
     shapes, regions = _templates()
     counts = regions.sum(-1)  # (templates, 3)
-    means = regions @ pixels / counts[..., None]
+    means = (regions.reshape(-1, len(pixels)) @ pixels).reshape(*counts.shape, 3) / counts[..., None]
     explained = (counts[..., None] * means**2).sum((1, 2)) - len(pixels) * (pixels.mean(0) ** 2).sum()
     total = ((pixels - pixels.mean(0)) ** 2).sum()
     best = int(explained.argmax())
