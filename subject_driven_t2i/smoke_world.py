@@ -246,9 +246,9 @@ _REACH = JITTER + 1
 # Share of a picture's variance that the best template has to explain, and the least standard deviation of a picture
 # with something in it.
 _EXPLAINED, _CONTRAST = 0.75, 15.0
-# Distance in RGB up to which a pixel has a colour of the palette, and share of a region's pixels that have to have it.
-# No two colours of the world are nearer than 90.
-_NEAR, _SHARE = 64.0, 0.6
+# Distance in RGB up to which a pixel has a colour of the palette; no two colours are nearer than 90. Shares of the
+# pixels that have to have it: of a sprite's region, whose outline may be blurred, and of the frame, which has none.
+_NEAR, _SHARE, _FRAME_SHARE = 50.0, 0.6, 0.8
 
 
 @cache
@@ -271,10 +271,10 @@ def read(image: Image.Image) -> Reading:
     Args:
         image: of any mode, SIDE x SIDE.
     """
-    pixels = np.asarray(image.convert("RGB"), np.float64).reshape(-1, 3)
-    if len(pixels) != SIDE * SIDE:
+    if image.size != (SIDE, SIDE):
         raise UserError(f"image: {image.width} x {image.height} pixels; expected {SIDE} x {SIDE} of the smoke world")
-    background = _colour_of(pixels[_frame()], BACKGROUNDS)
+    pixels = np.asarray(image.convert("RGB"), np.float64).reshape(-1, 3)
+    background = _colour_of(pixels[_frame()], BACKGROUNDS, _FRAME_SHARE)
     shapes, regions = _templates()
     counts = regions.sum(-1)  # (templates, 3)
     means = (regions.reshape(-1, len(pixels)) @ pixels).reshape(*counts.shape, 3) / counts[..., None]
@@ -284,7 +284,8 @@ def read(image: Image.Image) -> Reading:
     if total < len(pixels) * _CONTRAST**2 or explained[best] < _EXPLAINED * total:
         return Reading(background=background)
     _, body, core = regions[best].astype(bool)
-    return Reading(shapes[best], _colour_of(pixels[body], COLOURS), _colour_of(pixels[core], COLOURS), background)
+    foreground, middle = (_colour_of(pixels[region], COLOURS, _SHARE) for region in (body, core))
+    return Reading(shapes[best], foreground, middle, background)
 
 
 @cache
@@ -295,13 +296,13 @@ def _frame() -> np.ndarray:
     return frame.reshape(-1)
 
 
-def _colour_of(pixels: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str | None:
-    """The colour of the palette that most of the pixels (n, 3) are near to."""
+def _colour_of(pixels: np.ndarray, palette: dict[str, tuple[int, int, int]], share: float) -> str | None:
+    """The colour of the palette that at least ``share`` of the pixels (n, 3) are near to."""
     everything = COLOURS | BACKGROUNDS
     distances = np.linalg.norm(pixels[:, None] - np.array(list(everything.values())), axis=-1)
     nearest = np.where(distances.min(1) <= _NEAR, distances.argmin(1), -1)
     for number, name in enumerate(everything):
-        if name in palette and (nearest == number).mean() >= _SHARE:
+        if name in palette and (nearest == number).mean() >= share:
             return name
     return None
 
