@@ -248,7 +248,7 @@ _REACH = JITTER + 1
 _EXPLAINED, _CONTRAST = 0.75, 15.0
 # Distance in RGB up to which a pixel has a colour of the palette; no two colours are nearer than 90. Shares of the
 # pixels that have to have it: of a sprite's region, whose outline may be blurred, and of the frame, which has none.
-_NEAR, _SHARE, _FRAME_SHARE = 50.0, 0.6, 0.8
+_NEAR, _SHARE, _FRAME_SHARE = 60.0, 0.4, 0.9
 
 
 @cache
