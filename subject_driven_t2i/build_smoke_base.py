@@ -363,8 +363,10 @@ def load_checkpoint(
         for name, weight in module.named_parameters():
             weight.copy_(file.get_tensor(f"weight/{name}"))
             average.weights[name] = file.get_tensor(f"average/{name}")
-            moments = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[weight] = {key: file.get_tensor(f"{key}/{name}") for key in moments}
+            # Weights that nothing reads have no moments.
+            moments = [f"{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq")]
+            if moments[0] in file.keys():
+                optimizer.state[weight] = {key.split("/")[0]: file.get_tensor(key) for key in moments}
     return int(facts["step"])
 
 
