@@ -149,6 +149,25 @@ def read_images(record: RunRecord, subject: Subject, config: Config) -> list[Dra
     return drawn
 
 
+def images_digest(drawn: Sequence[DrawnImage]) -> str:
+    """Names the images that an evaluation scored, in its settings."""
+    return digest([[image.key, image.class_prompt, image.sha256] for image in drawn])
+
+
+def _is_done(record: RunRecord, name: str, on_finished: str) -> bool:
+    """Whether the record has the evaluation and is to keep it; one of images that were since drawn anew is made again.
+
+    Raises:
+        UserError: it has, and ``on_finished`` is ``refuse``.
+    """
+    done = is_done(record, name, on_finished)
+    drawn = read_drawn(record) if done else []
+    if drawn and record.results().evaluations[name].settings.get("images") != images_digest(drawn):
+        logger.warning("%s has other images now than the evaluation %s scored: evaluating again", record.path, name)
+        return False
+    return done
+
+
 def _by_prompt(drawn: Sequence[DrawnImage], scores: Sequence[float]) -> dict[int, list[float]]:
     found = defaultdict(list)
     for image, score in zip(drawn, scores, strict=True):
@@ -192,7 +211,8 @@ def evaluate_oracle(
             tasks[task] = _accuracy(right)
             of_real = [hits[attribute] for hits in real if attribute in hits]
             tasks[task].breakdown = {REAL: _accuracy(of_real)} if of_real else None
-    return Evaluation("oracle", tasks, 0.0, settings(config, "oracle")), predictions, rows
+    used = settings(config, "oracle") | {"images": images_digest(drawn)}
+    return Evaluation("oracle", tasks, 0.0, used), predictions, rows
 
 
 def _read(path: Path) -> smoke_world.Reading:
@@ -240,7 +260,7 @@ def evaluate_dreambooth(
     Raises:
         UserError: an encoder that cannot be loaded.
     """
-    used = settings(config, "dreambooth")
+    used = settings(config, "dreambooth") | {"images": images_digest(drawn)}
     batch = config.evaluation.batch_size
 
     def load() -> _Models:
@@ -260,10 +280,7 @@ def evaluate_dreambooth(
         return [Scores(*values) for values in zip(*columns, strict=True)]
 
     sizes = {"drawn": len(drawn)} | ({REAL: len(subject.images)} if len(subject.images) > 1 else {})
-    digests = {
-        "drawn": digest([[image.key, image.class_prompt, image.sha256] for image in drawn]),
-        REAL: digest([sha256(path) for path in subject.images]),
-    }
+    digests = {REAL: digest([sha256(path) for path in subject.images])}
     partial = record.partial_predictions_path("dreambooth")
     found, seconds = {}, 0.0
     for task, scores, spent in in_chunks(
@@ -300,7 +317,7 @@ def main(config: Config) -> None:
         for name in names:
             logger.info("would evaluate %s, %s: %s", record.path, name, settings(config, name))
         return
-    pending = [name for name in names if not is_done(record, name, config.on_finished)]
+    pending = [name for name in names if not _is_done(record, name, config.on_finished)]
     if not pending:
         return
     subject = subject_of(config.data)

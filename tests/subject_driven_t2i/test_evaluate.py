@@ -330,6 +330,19 @@ def test_a_finished_evaluation_is_never_silently_replaced(make_config, monkeypat
     assert set(record.results().evaluations) == {"oracle", "dreambooth"}
 
 
+def test_images_that_were_drawn_anew_are_scored_anew(make_config, caplog):
+    record = draw(make_config())
+    evaluate.main(make_config())
+    subject = subject_of(make_config().data)
+    draw(make_config(), {key: painted(subject, key[0], shape="square") for key in random_images(0)})
+    with caplog.at_level(logging.WARNING):
+        evaluate.main(make_config(on_finished="skip"))
+    assert "has other images now" in caplog.text
+    assert record.results().evaluations["oracle"].tasks["subject_shape"].value == 0.0
+    (record.path / MANIFEST).unlink()  # images may be deleted once they are scored
+    evaluate.main(make_config(on_finished="skip"))
+
+
 def test_the_untrained_base_records_its_configuration(make_config):
     config = make_config("base")
     record = draw(config)
