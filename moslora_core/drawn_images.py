@@ -1,6 +1,7 @@
 """Images that a run drew, as its record keeps them: the files, what each was drawn from, and scores image by image.
 
     images/<prompt>-<image>.png     numbers of three and two digits
+    generation.json                 the settings that they were drawn with, and whether all of them are there
     images.jsonl                    one object an image: what it was drawn from, its file, and that file's sha256
     references/<number>.png         the real images that the drawn ones were compared with, reduced in size
     scores.jsonl                    one object an image and evaluation: evaluation, prompt_index, index, and the scores
@@ -20,9 +21,10 @@ from typing import Any
 
 from .errors import UserError
 from .prepared import sha256
-from .record import RunRecord, read_jsonl, write_atomic
+from .record import RunRecord, read_json, read_jsonl, write_atomic
 
 MANIFEST = "images.jsonl"
+FACTS = "generation.json"
 SCORES = "scores.jsonl"
 REFERENCES = "references"
 LONGEST = 384  # pixels of a reference's longer side in the record: enough for a figure
@@ -85,6 +87,20 @@ def _drawn(row: dict[str, Any], folder: Path, where: str) -> DrawnImage:
     if not (folder / values["file"]).resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{where}: file must lie in the run's folder, found {values['file']!r}")
     return DrawnImage(**values)
+
+
+def drawing_settings(record: RunRecord) -> dict[str, Any] | None:
+    """The settings that a run's images were drawn with; None where they are not all there.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    path = record.path / FACTS
+    facts = read_json(path) if path.exists() else {}
+    settings = facts.get("settings", {}) if isinstance(facts, dict) else None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is damaged: expected what generate writes")
+    return settings if facts.get("finished") else None
 
 
 def verified(record: RunRecord, image: DrawnImage) -> Path:

@@ -27,7 +27,14 @@ from typing import Any
 from torch import Tensor
 
 from moslora_core import launch
-from moslora_core.drawn_images import DrawnImage, read_drawn, verified, write_references, write_scores
+from moslora_core.drawn_images import (
+    DrawnImage,
+    drawing_settings,
+    read_drawn,
+    verified,
+    write_references,
+    write_scores,
+)
 from moslora_core.errors import UserError
 from moslora_core.evaluations import (
     STAGE,
@@ -86,19 +93,12 @@ def check(config: Config) -> list[str]:
     return choose_tasks(EVALUATIONS, evaluation.evaluations, "evaluation.evaluations", "this experiment", "evaluation")
 
 
-def settings(config: Config, name: str) -> dict[str, Any]:
-    """What the numbers of an evaluation depend on, beside the images."""
-    drawing, evaluation = config.generation, config.evaluation
-    used = {
-        "subject": config.data.subject,
-        "base": config.model.name,
-        "images_per_prompt": drawing.images_per_prompt,
-        "steps": drawing.steps,
-        "guidance_scale": drawing.guidance_scale,
-        "generation_seed": drawing.seed,
-    }
+def settings(config: Config, name: str, record: RunRecord) -> dict[str, Any]:
+    """What the numbers of an evaluation depend on, how the images were drawn among it."""
+    evaluation = config.evaluation
+    used = {"subject": config.data.subject, "base": config.model.name, "drawing": drawing_settings(record)}
     if name == "dreambooth":
-        used |= {"dino": _encoder(evaluation.dino), "clip": _encoder(evaluation.clip), "prompts": "without the token"}
+        used |= {"dino": _encoder(evaluation.dino), "clip": _encoder(evaluation.clip), "texts": "without the token"}
         used |= {"batch_size": evaluation.batch_size, "transformers": metadata.version("transformers")}
     return used
 
@@ -120,6 +120,8 @@ def read_images(record: RunRecord, subject: Subject, config: Config) -> list[Dra
     drawn = read_drawn(record)
     if not drawn:
         raise UserError(f"no images in {record.path}; run {command} first")
+    if drawing_settings(record) is None:
+        raise UserError(f"{record.path}: its images are not finished; run {command} first")
     asked = range(len(subject.prompts)) if config.generation.prompts is None else config.generation.prompts
     wanted = {(prompt, index) for prompt in asked for index in range(config.generation.images_per_prompt)}
     found = {image.key for image in drawn}
@@ -147,25 +149,6 @@ def read_images(record: RunRecord, subject: Subject, config: Config) -> list[Dra
         except UserError as error:
             raise UserError(f"{error}; run {command} and on_finished=overwrite") from None
     return drawn
-
-
-def images_digest(drawn: Sequence[DrawnImage]) -> str:
-    """Names the images that an evaluation scored, in its settings."""
-    return digest([[image.key, image.class_prompt, image.sha256] for image in drawn])
-
-
-def _is_done(record: RunRecord, name: str, on_finished: str) -> bool:
-    """Whether the record has the evaluation and is to keep it; one of images that were since drawn anew is made again.
-
-    Raises:
-        UserError: it has, and ``on_finished`` is ``refuse``.
-    """
-    done = is_done(record, name, on_finished)
-    drawn = read_drawn(record) if done else []
-    if drawn and record.results().evaluations[name].settings.get("images") != images_digest(drawn):
-        logger.warning("%s has other images now than the evaluation %s scored: evaluating again", record.path, name)
-        return False
-    return done
 
 
 def _by_prompt(drawn: Sequence[DrawnImage], scores: Sequence[float]) -> dict[int, list[float]]:
@@ -211,8 +194,7 @@ def evaluate_oracle(
             tasks[task] = _accuracy(right)
             of_real = [hits[attribute] for hits in real if attribute in hits]
             tasks[task].breakdown = {REAL: _accuracy(of_real)} if of_real else None
-    used = settings(config, "oracle") | {"images": images_digest(drawn)}
-    return Evaluation("oracle", tasks, 0.0, used), predictions, rows
+    return Evaluation("oracle", tasks, 0.0, settings(config, "oracle", record)), predictions, rows
 
 
 def _read(path: Path) -> smoke_world.Reading:
@@ -260,7 +242,7 @@ def evaluate_dreambooth(
     Raises:
         UserError: an encoder that cannot be loaded.
     """
-    used = settings(config, "dreambooth") | {"images": images_digest(drawn)}
+    used = settings(config, "dreambooth", record)
     batch = config.evaluation.batch_size
 
     def load() -> _Models:
@@ -280,7 +262,10 @@ def evaluate_dreambooth(
         return [Scores(*values) for values in zip(*columns, strict=True)]
 
     sizes = {"drawn": len(drawn)} | ({REAL: len(subject.images)} if len(subject.images) > 1 else {})
-    digests = {REAL: digest([sha256(path) for path in subject.images])}
+    digests = {
+        "drawn": digest([[image.key, image.class_prompt, image.sha256] for image in drawn]),
+        REAL: digest([sha256(path) for path in subject.images]),
+    }
     partial = record.partial_predictions_path("dreambooth")
     found, seconds = {}, 0.0
     for task, scores, spent in in_chunks(
@@ -315,9 +300,9 @@ def main(config: Config) -> None:
     record = locate(config)
     if config.dry_run:
         for name in names:
-            logger.info("would evaluate %s, %s: %s", record.path, name, settings(config, name))
+            logger.info("would evaluate %s, %s: %s", record.path, name, settings(config, name, record))
         return
-    pending = [name for name in names if not _is_done(record, name, config.on_finished)]
+    pending = [name for name in names if not is_done(record, name, config.on_finished)]
     if not pending:
         return
     subject = subject_of(config.data)

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from moslora_core import launch
-from moslora_core.drawn_images import MANIFEST, SCORES, DrawnImage
+from moslora_core.drawn_images import FACTS, MANIFEST, SCORES, DrawnImage
 from moslora_core.errors import UserError
 from moslora_core.evaluations import fingerprint, is_base, trained_adapter
 from moslora_core.prepared import sha256
@@ -45,7 +45,7 @@ from .subjects import subject_of
 logger = logging.getLogger(__name__)
 
 STAGE = "generate"
-IMAGES_FOLDER, FACTS = "images", "generation.json"
+IMAGES_FOLDER = "images"
 
 
 def settings(config: Config) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moslora_core.drawn_images import MANIFEST, read_scores, references
+from moslora_core.drawn_images import FACTS, MANIFEST, read_scores, references
 from moslora_core.errors import UserError
 from moslora_core.methods import METHODS
 from moslora_core.prepared import write_manifest
-from moslora_core.record import RunRecord, append_jsonl
+from moslora_core.record import RunRecord, append_jsonl, write_json
 from subject_driven_t2i import evaluate, metrics, smoke_world
 from subject_driven_t2i.config import (
     Config,
@@ -102,6 +102,7 @@ def draw(config: Config, images: dict[tuple[int, int], Image.Image] | None = Non
             "sha256": hashlib.sha256((record.path / file).read_bytes()).hexdigest(),
         }
         append_jsonl(record.path / MANIFEST, [row])
+    write_json(record.path / FACTS, {"finished": True, "settings": {"steps": 25}})
     return record
 
 
@@ -330,25 +331,13 @@ def test_a_finished_evaluation_is_never_silently_replaced(make_config, monkeypat
     assert set(record.results().evaluations) == {"oracle", "dreambooth"}
 
 
-def test_images_that_were_drawn_anew_are_scored_anew(make_config, caplog):
-    record = draw(make_config())
-    evaluate.main(make_config())
-    subject = subject_of(make_config().data)
-    draw(make_config(), {key: painted(subject, key[0], shape="square") for key in random_images(0)})
-    with caplog.at_level(logging.WARNING):
-        evaluate.main(make_config(on_finished="skip"))
-    assert "has other images now" in caplog.text
-    assert record.results().evaluations["oracle"].tasks["subject_shape"].value == 0.0
-    (record.path / MANIFEST).unlink()  # images may be deleted once they are scored
-    evaluate.main(make_config(on_finished="skip"))
-
-
 def test_the_untrained_base_records_its_configuration(make_config):
     config = make_config("base")
     record = draw(config)
     evaluate.main(config)
     assert "subject: toy" in record.config_path.read_text()
-    assert record.results().evaluations["oracle"].settings["subject"] == "toy"
+    settings = record.results().evaluations["oracle"].settings
+    assert (settings["subject"], settings["drawing"]) == ("toy", {"steps": 25})
 
 
 def test_the_record_keeps_small_copies_of_the_real_images(make_config, tmp_path):
@@ -383,6 +372,14 @@ def test_a_dry_run_touches_nothing(make_config, caplog):
 
 def no_images(config, record):
     (record.path / MANIFEST).unlink()
+
+
+def not_finished(config, record):
+    write_json(record.path / FACTS, {"finished": False})
+
+
+def damaged_settings(config, record):
+    write_json(record.path / FACTS, {"finished": True, "settings": 25})
 
 
 def one_file_missing(config, record):
@@ -421,6 +418,8 @@ def a_damaged_row(config, record):
     ("harm", "message"),
     [
         (no_images, r"no images in \S+; run python -m subject_driven_t2i.generate with the same arguments first"),
+        (not_finished, r"moslora/data.subject=toy/seed-1: its images are not finished; run python -m .*generate"),
+        (damaged_settings, r"generation.json is damaged: expected what generate writes"),
         (one_file_missing, r"images/001-00.png: No such file.*; run python -m subject_driven_t2i.generate"),
         (
             one_file_changed,
