@@ -23,9 +23,9 @@ Make a study from two finished runs of every subject, unless it is there already
 
 The methods are named as they were trained, or by the folders of their runs, one a subject:
   serve --scale smoke --subjects dog can --seed 1 --first method=moslora --second method=lora
-  serve --scale smoke --name mine --first RUN_OF_DOG RUN_OF_CAN --second RUN_OF_DOG RUN_OF_CAN
+  serve --scale smoke --name again --first RUN_OF_DOG RUN_OF_CAN --second RUN_OF_DOG RUN_OF_CAN
 A study that was made before is served again, with its votes, by its name alone:
-  serve --scale smoke --name mine
+  serve --scale smoke --name again
 """
 
 
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 def _place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run records (default: runs)")
     parser.add_argument("--scale", default="smoke", help="scale of the runs (default: smoke)")
-    parser.add_argument("--name", default="study", help="name of the study (default: study)")
+    parser.add_argument("--name", default="main", help="name of the study (default: main)")
 
 
 if __name__ == "__main__":
