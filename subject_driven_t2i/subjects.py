@@ -215,9 +215,9 @@ def read_prompt_file(path: Path) -> PromptFile:
                 f"{path} line {number}: expected a class such as dog6,dog or a prompt such as "
                 f"'a {{0}} {{1}} in the snow'.format(unique_token, class_token), found {line[:80]!r}"
             )
-    missing = [name for name, found in {"classes": classes, **prompts}.items() if not found]
-    if missing:
-        raise UserError(f"{path}: no {missing[0]} found; expected Classes, Object Prompts and Live Subject Prompts")
+    parts = {"Classes": classes, "Object Prompts": prompts["object"], "Live Subject Prompts": prompts["live"]}
+    if missing := [name for name, found in parts.items() if not found]:
+        raise UserError(f"{path}: no {missing[0]} found; expected {', '.join(parts)}")
     return PromptFile(classes, tuple(prompts["object"]), tuple(prompts["live"]))
 
 
@@ -257,7 +257,8 @@ def read_dreambooth(root: Path, data: DataConfig) -> Iterator[NewSubject]:
             raise UserError(
                 f"{root / PROMPTS_FILE}: no class for the subject {name!r}; expected a line {name},<class>"
             )
-    return [_read_subject(name, folders[name], found, data) for name in names]
+    for name in names:  # one at a time: the images of all thirty subjects take half a gigabyte
+        yield _read_subject(name, folders[name], found, data)
 
 
 def _read_subject(name: str, folder: Path, found: PromptFile, data: DataConfig) -> NewSubject:
@@ -283,8 +284,14 @@ def open_image(path: Path, min_size: int = 1) -> Image.Image:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"expected 8 bits a channel, found mode {image.mode}")
             image.load()
             found = _on_white(ImageOps.exif_transpose(image))
+    except OSError as error:
+        if error.strerror:  # no such file, no permission
+            raise UserError(f"{path}: {error.strerror}; expected an image") from None
+        raise UserError(f"{path} cannot be read as an image: {error}") from None
     except Image.DecompressionBombError:
         raise UserError(f"{path}: an image of more than {MAX_PIXELS} pixels; expected a smaller one") from None
     except Exception as error:  # the decoders raise many kinds on damaged data

@@ -10,12 +10,12 @@ from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from moslora_core.prepared import write_manifest
-from subject_driven_t2i.subjects import NewSubject, Subject, write_subjects
+from subject_driven_t2i.subjects import PROMPTS_FILE, NewSubject, Subject, read_subjects, write_subjects
 
 RESOLUTION, LATENT = 16, 8
 TOKENS = 16
 TOKEN = "sks"
-WORDS = "a photo of sks dog can cup in the snow on beach red blue with a city background".split()
+WORDS = ("a", "photo", "of", "sks", "dog", "can", "in", "the", "snow", "on", "beach", "red")
 PROMPTS = ("a {0} {1} in the snow", "a {0} {1} on the beach", "a red {0} {1}")
 TEXT_WIDTHS, POOLED, TIME = (8, 12), 12, 4
 
@@ -124,6 +124,38 @@ def write_prepared(folder: Path) -> dict[str, Subject]:
     folder.mkdir(parents=True)
     write_subjects(folder, new_subjects(), TOKEN)
     write_manifest(folder, {"source": "tests"}, summarised=("subjects",))
-    from subject_driven_t2i.subjects import read_subjects
-
     return read_subjects(folder)
+
+
+def write_dreambooth(root: Path) -> None:
+    """A folder as DreamBooth publishes it; its list has a class without a folder."""
+    for subject in new_subjects():
+        (root / subject.name).mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(subject.images):
+            image.save(root / subject.name / f"{number:02d}.jpg", quality=95)
+    (root / PROMPTS_FILE).write_text(_PROMPTS_AND_CLASSES, encoding="utf-8")
+
+
+_PROMPTS_AND_CLASSES = """Classes
+
+subject_name,class
+rex,dog
+cola,can
+bear,stuffed animal
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} in the snow'.format(unique_token, class_token),
+"a {0} {1} on top of a child's rug".format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} in the snow'.format(unique_token, class_token),
+'a {0} {1} wearing a red hat'.format(unique_token, class_token),
+]
+"""
