@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moslora_core.drawn_images import verified
 from moslora_core.errors import UserError
 from moslora_core.prepared import sha256
 from moslora_core.record import read_json, write_json
@@ -254,12 +255,9 @@ def _pairs(first: Arm, second: Arm, prompts: int, images_per_prompt: int, seed: 
                     f"--images-per-prompt asks for {images_per_prompt}"
                 )
             for key in sorted(generator.sample(by_prompt[prompt], images_per_prompt)):
-                drawn = (run.images[key], second[subject].images[key])
-                for image in drawn:
-                    if sha256(image.path) != image.sha256:
-                        raise UserError(f"{image.path}: not the image that was drawn, by its sha256 in the manifest")
-                files = (drawn[0].path, drawn[1].path)
-                chosen.append(_Chosen("pair", subject, key, files, drawn[0].class_prompt, {}))
+                runs = (run, second[subject])
+                files = tuple(verified(drawn.record, drawn.images[key]) for drawn in runs)
+                chosen.append(_Chosen("pair", subject, key, files, run.images[key].class_prompt, {}))
     return chosen
 
 
@@ -281,8 +279,8 @@ def _checks(
         key = generator.choice([key for key in keys if (subject.name, key) not in shown] or keys)
         prompt = first[subject.name].images[key].class_prompt
         if number % 2 == 0 or not others:
-            arm = generator.choice((first, second))
-            file = arm[subject.name].images[key].path
+            run = generator.choice((first, second))[subject.name]
+            file = verified(run.record, run.images[key])
             chosen.append(_Chosen("same", subject.name, key, (file, file), prompt, dict.fromkeys(QUESTIONS, "tie")))
         else:
             files = (generator.choice(subject.images), generator.choice(generator.choice(others).images))

@@ -11,39 +11,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from moslora_core.drawn_images import FACTS, DrawnImage, drawing_settings, read_drawn
 from moslora_core.errors import UserError
-from moslora_core.record import RunRecord, override_label, read_jsonl
+from moslora_core.record import RunRecord, override_label
 
 from ..config import EXPERIMENT
 
 SIDES = ("first", "second")
-MANIFEST = "images.jsonl"
-_COLUMNS = {
-    "prompt_index": int,
-    "index": int,
-    "prompt": str,
-    "class_prompt": str,
-    "noise_seed": int,
-    "file": str,
-    "sha256": str,
-}
 _METHOD = ("method", "adapter", "training", "model")  # groups of the configuration that the runs of a method share
-# Settings of generation that choose which images are drawn or how many at once, not what is in them.
-_NOT_COMPARED = ("batch_size", "images_per_prompt", "prompts")
-_NAMED = 3  # so many missing things of a kind are named, the others counted
+# Settings of drawing that say which images are drawn, not what is in them.
+_NOT_COMPARED = ("images_per_prompt", "prompts")
+_NAMED = 3  # so many missing images of a kind are named, the others counted
 
 Key = tuple[int, int]  # index of the prompt, index of the image
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One image of a run, as its manifest has it. ``class_prompt`` is the prompt without the subject's token."""
-
-    prompt: str
-    class_prompt: str
-    noise_seed: int
-    path: Path
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -54,21 +34,25 @@ class SubjectRun:
         label: its overrides as its folder names them, without the subject; ``default`` for none.
         data_dir: the prepared data that it was trained on.
         settings: the groups of its configuration that make the method.
-        generation: the settings that its images were drawn with.
+        drawing: the settings that its images were drawn with.
     """
 
-    path: Path
+    record: RunRecord
     method: str
     label: str
     data_dir: Path
     settings: Mapping[str, Any]
-    generation: Mapping[str, Any]
-    images: Mapping[Key, Drawn]
+    drawing: Mapping[str, Any]
+    images: Mapping[Key, DrawnImage]
 
     @property
     def name(self) -> str:
         """``moslora``, or with its overrides ``moslora (method.mixer_init=orthogonal)``."""
         return self.method if self.label == "default" else f"{self.method} ({self.label})"
+
+    @property
+    def path(self) -> Path:
+        return self.record.path
 
 
 Arm = dict[str, SubjectRun]  # subject -> its run, all of one method
@@ -118,6 +102,9 @@ def _refuse(faults: Sequence[str]) -> None:
         raise UserError(f"incomplete pair of runs: {'; '.join(faults)}")
 
 
+# ------------------------------------------------------------------------------------------------------------- finding
+
+
 def _folders(
     side: str, given: Sequence[str], runs_dir: Path, scale: str, subjects: Sequence[str], seed: int
 ) -> dict[str, Path]:
@@ -125,7 +112,9 @@ def _folders(
     if not given[0].startswith("method="):
         folders: dict[str, Path] = {}
         for folder in map(Path, given):
-            name = OmegaConf.select(_config(folder, side), "data.subject")
+            if not (folder / "config.yaml").is_file():
+                raise UserError(f"--{side} {folder}: no run there; expected method=<name>, or folders of runs")
+            name = OmegaConf.select(_config(folder), "data.subject")
             if not isinstance(name, str):
                 raise UserError(f"{folder}/config.yaml: data.subject must name a subject, found {name!r}")
             if name in folders:
@@ -142,28 +131,18 @@ def _folders(
 
 
 def _absent(name: str, folders: Sequence[Mapping[str, Path]]) -> Iterator[str]:
-    """What either run of a subject lacks of a finished one."""
+    """What either run of a subject lacks of one that has drawn all its images."""
     for side, found in _by_side(*folders):
         if name not in found:
             yield f"{name}: no run of it in --{side}"
         elif not (found[name] / "config.yaml").is_file():
             yield f"{name}, --{side}: no run at {found[name]}"
-        elif not (found[name] / MANIFEST).is_file():
-            yield f"{name}, --{side}: no {MANIFEST} in {found[name]}; draw its images with generate"
-        elif (status := RunRecord(found[name]).status()) and (status.stage, status.state) in (
-            ("generate", "running"),
-            ("generate", "failed"),
-        ):
-            yield f"{name}, --{side}: generate is {status.state} in {found[name]}"
+        elif drawing_settings(RunRecord(found[name])) is None:
+            yield f"{name}, --{side}: images of {found[name]} are not all drawn, by its {FACTS}; run generate"
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
-def _config(folder: Path, side: str) -> DictConfig:
+def _config(folder: Path) -> DictConfig:
     path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"--{side} {folder}: no run there; expected method=<name>, or folders of runs")
     try:
         config = OmegaConf.load(path)
         OmegaConf.resolve(config)
@@ -173,23 +152,22 @@ def _config(folder: Path, side: str) -> DictConfig:
 
 
 def _read_run(folder: Path, name: str, scale: str) -> SubjectRun:
-    config = _config(folder, "")
+    record, config = RunRecord(folder), _config(folder)
     found = {key: OmegaConf.select(config, key) for key in ("scale.name", "method.name", "data.subject", "data.dir")}
     if absent := [key for key, value in found.items() if not isinstance(value, str)]:
-        raise UserError(f"{folder}/config.yaml: {absent[0]} must be text, found {found[absent[0]]!r}")
+        raise UserError(f"{record.config_path}: {absent[0]} must be text, found {found[absent[0]]!r}")
     for key, expected in (("data.subject", name), ("scale.name", scale)):
         if found[key] != expected:
             raise UserError(f"{folder}: a run of {key}={found[key]}; expected {expected}")
-    groups = OmegaConf.to_container(config)
-    generation = groups.get("generation") or {}
+    groups, drawing = OmegaConf.to_container(config), drawing_settings(record) or {}
     return SubjectRun(
-        path=folder,
+        record=record,
         method=found["method.name"],
         label=_label(folder.parent.name, name),
         data_dir=Path(found["data.dir"]),
         settings={group: groups.get(group) for group in _METHOD},
-        generation={key: value for key, value in generation.items() if key not in _NOT_COMPARED},
-        images=_read_images(folder),
+        drawing={key: value for key, value in drawing.items() if key not in _NOT_COMPARED},
+        images={image.key: image for image in read_drawn(record)},
     )
 
 
@@ -199,41 +177,18 @@ def _label(label: str, name: str) -> str:
     return ",".join(left) or "default"
 
 
-def _read_images(folder: Path) -> dict[Key, Drawn]:
-    path = folder / MANIFEST
-    images: dict[Key, Drawn] = {}
-    for number, row in enumerate(read_jsonl(path), start=1):
-        for column, kind in _COLUMNS.items():
-            if not isinstance(row.get(column), kind) or isinstance(row[column], bool):
-                raise UserError(f"{path} line {number}: {column} must be {kind.__name__}, found {row.get(column)!r}")
-        key, file = (row["prompt_index"], row["index"]), folder / row["file"]
-        if key in images:
-            raise UserError(f"{path} line {number}: a second image of prompt {key[0]}, number {key[1]}")
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{path} line {number}: file must lie in the run's folder, found {row['file']!r}")
-        images[key] = Drawn(row["prompt"], row["class_prompt"], row["noise_seed"], file, row["sha256"])
-    if not images:
-        raise UserError(f"{path} names no image; draw them with generate")
-    return images
-
-
 # ----------------------------------------------------------------------------------------------------------- comparing
 
 
 def _unpaired(name: str, first: SubjectRun, second: SubjectRun) -> Iterator[str]:
     """Images that one run of a subject has and the other lacks, or that are not there as files."""
-    runs = (first, second)
-    for side, run, other in zip(SIDES, runs, runs[::-1], strict=True):
-        absent = sorted(other.images.keys() - run.images.keys())
-        if absent:
-            yield f"{name}, --{side}: {run.path} lacks {_some(absent)}, which --{_other(side)} has"
-        gone = sorted(key for key, drawn in run.images.items() if not drawn.path.is_file())
-        if gone:
+    for side, run, other in zip(SIDES, (first, second), (second, first), strict=True):
+        if not run.images:
+            yield f"{name}, --{side}: {run.path} has no images"
+        elif absent := sorted(other.images.keys() - run.images.keys()):
+            yield f"{name}, --{side}: {run.path} lacks {_some(absent)}, which {other.path} has"
+        if gone := [key for key, image in run.images.items() if not (run.path / image.file).is_file()]:
             yield f"{name}, --{side}: {run.path} lacks the file of {_some(gone)}"
-
-
-def _other(side: str) -> str:
-    return SIDES[1 - SIDES.index(side)]
 
 
 def _some(keys: Sequence[Key]) -> str:
@@ -252,18 +207,16 @@ def _check_arm(side: str, runs: Sequence[SubjectRun]) -> None:
 
 
 def _check_pair(name: str, first: SubjectRun, second: SubjectRun) -> None:
-    for key in sorted(first.generation.keys() | second.generation.keys()):
-        values = [run.generation.get(key) for run in (first, second)]
-        if values[0] != values[1]:
+    """Refuses runs whose images cannot be compared: drawn in another way, or from another prompt or other noise."""
+
+    def same(what: str, one: object, other: object) -> None:
+        if one != other:
             raise UserError(
-                f"{name}: drawn with generation.{key}={values[0]} in {first.path} and {values[1]} in {second.path}; "
-                "expected the same"
+                f"{name}{what} is {one!r} in {first.path} and {other!r} in {second.path}; expected the same"
             )
-    for key, one in first.images.items():
+
+    for key in sorted(first.drawing.keys() | second.drawing.keys()):
+        same(f": drawn with {key}, which", first.drawing.get(key), second.drawing.get(key))
+    for key, image in first.images.items():
         for what in ("prompt", "class_prompt", "noise_seed"):
-            values = [getattr(drawn, what) for drawn in (one, second.images[key])]
-            if values[0] != values[1]:
-                raise UserError(
-                    f"{name}, {_some([key])}: {what} is {values[0]!r} in {first.path} and {values[1]!r} in "
-                    f"{second.path}; expected the same"
-                )
+            same(f", {_some([key])}: {what}", getattr(image, what), getattr(second.images[key], what))

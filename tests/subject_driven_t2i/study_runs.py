@@ -10,7 +10,7 @@ import yaml
 from PIL import Image, PngImagePlugin
 
 from moslora_core.prepared import sha256, write_manifest
-from moslora_core.record import RunRecord, append_jsonl, override_label, write_atomic
+from moslora_core.record import RunRecord, append_jsonl, override_label, write_atomic, write_json
 from subject_driven_t2i.config import EXPERIMENT
 from subject_driven_t2i.human_study.design import draw_study, write_study
 from subject_driven_t2i.human_study.runs import find_arms
@@ -53,7 +53,7 @@ def place_run(
     prompts: int = 10,
     images: int = 2,
     size: tuple[int, int] = SIZE,
-    generation: Mapping[str, object] | None = None,
+    drawing: Mapping[str, object] | None = None,
 ) -> RunRecord:
     """A run as generate leaves it, below ``root/runs``; its data lies in ``root/data``."""
     overrides = [*overrides]
@@ -63,7 +63,6 @@ def place_run(
         "method": {"name": method, **dict(entry.removeprefix("method.").split("=") for entry in overrides)},
         "scale": {"name": "smoke"},
         "data": {"dir": str(root / "data"), "subject": subject},
-        "generation": {"steps": 4, "batch_size": 2, **(generation or {})},
         "seed": seed,
     }
     write_atomic(record.config_path, yaml.safe_dump(config))
@@ -88,6 +87,8 @@ def place_run(
                 }
             )
     append_jsonl(record.path / "images.jsonl", rows)
+    settings = {"subject": subject, "steps": 4, "images_per_prompt": images, **(drawing or {})}
+    write_json(record.path / "generation.json", {"finished": True, "settings": settings})
     record.set_status("finished", "generate")
     return record
 

@@ -157,7 +157,7 @@ def test_an_image_that_was_exchanged_is_refused(tmp_path):
     place_runs(tmp_path, ["rex"])
     record = RunRecord(tmp_path / "runs/subject_driven_t2i/smoke/lora/data.subject=rex/seed-1")
     rewrite_manifest(record, lambda rows: [row.update(sha256="0" * 64) for row in rows])
-    with pytest.raises(UserError, match="not the image that was drawn, by its sha256 in the manifest"):
+    with pytest.raises(UserError, match=r"has sha256 .*, expected 000000000000\.\.\. as in images.jsonl"):
         draw(tmp_path, ["rex"])
 
 

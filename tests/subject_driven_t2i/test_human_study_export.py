@@ -1,4 +1,4 @@
-"""The export says in terms of the methods what was clicked; the commands make a study, serve it again and export it."""
+"""The export says in terms of the methods what was clicked; the commands make a study, serve it, and export it."""
 
 from __future__ import annotations
 

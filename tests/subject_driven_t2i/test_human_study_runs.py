@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from moslora_core.errors import UserError
-from moslora_core.record import RunRecord
+from moslora_core.record import RunRecord, write_json
 from subject_driven_t2i.human_study.runs import find_arms
 
 from .study_runs import place_data, place_run, place_runs, rewrite_manifest
@@ -59,10 +59,11 @@ def test_overrides_are_those_of_the_training_and_name_the_method(tmp_path):
 
 def test_every_missing_run_is_named_with_its_subject_and_side(runs):
     shutil.rmtree(run_of(runs, "lora", "rex").path)
-    (run_of(runs, "moslora", "fizz").path / "images.jsonl").unlink()
+    (run_of(runs, "moslora", "fizz").path / "generation.json").unlink()
     message = refusal(runs)
     assert message.startswith("incomplete pair of runs: rex, --second: no run at ")
-    assert "data.subject=rex/seed-1; fizz, --first: no images.jsonl in " in message
+    assert "data.subject=rex/seed-1; fizz, --first: images of " in message
+    assert message.endswith("are not all drawn, by its generation.json; run generate")
 
 
 def test_a_subject_that_one_side_lacks_is_named(runs):
@@ -74,15 +75,14 @@ def test_a_subject_that_one_side_lacks_is_named(runs):
     )
 
 
-@pytest.mark.parametrize("state", ["running", "failed"])
-def test_a_run_whose_images_are_not_all_drawn_is_named(runs, state):
-    run_of(runs, "lora", "fizz").set_status(state, "generate")
-    assert f"fizz, --second: generate is {state} in " in refusal(runs)
+def test_a_run_whose_images_are_not_all_drawn_is_named(runs):
+    write_json(run_of(runs, "lora", "fizz").path / "generation.json", {"fingerprint": "0", "finished": False})
+    assert re.search("fizz, --second: images of .* are not all drawn", refusal(runs))
 
 
 def test_images_that_one_run_lacks_are_named(runs):
     rewrite_manifest(run_of(runs, "lora", "rex"), lambda rows: rows.pop(3))
-    assert re.search(r"rex, --second: \S+ lacks prompt 1 image 1, which --first has", refusal(runs))
+    assert re.search(r"rex, --second: \S+ lacks prompt 1 image 1, which \S+moslora\S+ has", refusal(runs))
     rewrite_manifest(run_of(runs, "lora", "rex"), lambda rows: [rows.pop(0) for _ in range(6)])
     assert "lacks prompt 0 image 0, prompt 0 image 1, prompt 1 image 0 and 4 more" in refusal(runs)
 
@@ -103,10 +103,10 @@ def test_images_of_other_noise_or_another_prompt_are_no_pair(runs, column, value
 
 def test_images_that_were_drawn_in_another_way_are_no_pair(tmp_path):
     place_data(tmp_path / "data")
-    place_run(tmp_path, "moslora", "rex", generation={"steps": 50, "batch_size": 8})
-    place_run(tmp_path, "lora", "rex", generation={"steps": 25})
-    assert "generation.steps=50" in refusal(tmp_path / "runs", subjects=["rex"])
-    place_run(tmp_path, "lora", "rex", seed=2, generation={"steps": 50})
+    place_run(tmp_path, "moslora", "rex", drawing={"steps": 50, "images_per_prompt": 8})
+    place_run(tmp_path, "lora", "rex", drawing={"steps": 25})
+    assert refusal(tmp_path / "runs", subjects=["rex"]).startswith("rex: drawn with steps, which is 50 in ")
+    place_run(tmp_path, "lora", "rex", seed=2, drawing={"steps": 50})
     lora = tmp_path / "runs/subject_driven_t2i/smoke/lora/data.subject=rex/seed-2"
     moslora = tmp_path / "runs/subject_driven_t2i/smoke/moslora/data.subject=rex/seed-1"
     find(tmp_path / "runs", [str(moslora)], [str(lora)], ())
@@ -124,18 +124,22 @@ def test_a_side_has_one_method_for_all_subjects(runs):
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda rows: rows[1].update(index=0), "line 2: a second image of prompt 0, number 0"),
+        (lambda rows: rows[1].update(index=0), "image 0 of prompt 0 is there twice"),
         (lambda rows: rows[1].update(file="../../secret.png"), "line 2: file must lie in the run's folder"),
         (lambda rows: rows[1].update(index="1"), "line 2: index must be int, found '1'"),
         (lambda rows: rows[1].update(index=True), "line 2: index must be int, found True"),
         (lambda rows: rows[1].pop("sha256"), "line 2: sha256 must be str, found None"),
-        (lambda rows: rows.clear(), "names no image"),
     ],
 )
 def test_a_damaged_manifest_is_named(runs, damage, expected):
     rewrite_manifest(run_of(runs, "moslora", "rex"), damage)
     message = refusal(runs)
     assert expected in message and "images.jsonl" in message
+
+
+def test_a_run_without_images_is_named(runs):
+    rewrite_manifest(run_of(runs, "moslora", "rex"), lambda rows: rows.clear())
+    assert re.search(r"rex, --first: \S+ has no images", refusal(runs))
 
 
 def test_folders_that_are_no_runs_of_this_scale_are_refused(runs, tmp_path):
