@@ -8,6 +8,7 @@ The rule by which inattentive raters are left out is the study's own, written be
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from moslora_core.errors import UserError
 from moslora_core.record import read_json
 
+from .aggregate import row_name
 from .rating import FIRST, SECOND, TIE
 
 EXPERIMENT = "subject_driven_t2i"
@@ -44,7 +46,8 @@ class Study:
     """A study with its votes.
 
     Attributes:
-        first, second: names of the methods.
+        first, second: names of the methods, as the tables write them.
+        keys: what names them in CSV: the methods without their overrides, where that tells them apart.
         pairs: subject -> ids of its pairs, attention checks apart.
         checks: ids of the attention checks.
         max_wrong: share of wrong answers to attention questions beyond which a rater is left out.
@@ -55,6 +58,7 @@ class Study:
     name: str
     first: str
     second: str
+    keys: tuple[str, str]
     questions: tuple[str, ...]
     pairs: Mapping[str, tuple[str, ...]]
     checks: tuple[str, ...]
@@ -115,12 +119,15 @@ def read_study(folder: Path, runs_dir: Path) -> Study:
             subject: tuple(p["id"] for p in design["pairs"] if p["subject"] == subject and p["kind"] == "pair")
             for subject in design["subjects"]
         }
+        first, second = (_name(design[side]) for side in ("first", "second"))
+        methods = tuple(design[side]["method"] for side in ("first", "second"))
         return Study(
             path=where.as_posix(),
             scale=where.parts[1],
             name=where.parts[3],
-            first=design["first"]["name"],
-            second=design["second"]["name"],
+            first=first,
+            second=second,
+            keys=methods if methods[0] != methods[1] else (first, second),
             questions=tuple(design["questions"]),
             pairs=pairs,
             checks=tuple(pair for pair, kind in kinds.items() if kind != "pair"),
@@ -129,6 +136,14 @@ def read_study(folder: Path, runs_dir: Path) -> Study:
         )
     except (TypeError, KeyError, AttributeError):
         raise UserError("study.json is damaged: expected the design of a human study") from None
+
+
+def _name(method: Mapping[str, str]) -> str:
+    """``moslora (orthogonal)``: a method with its overrides, the mixer's initialisation by its value alone."""
+    if method["label"] == "default":
+        return row_name(method["method"], [])
+    overrides = [method["label"]] if "~" in method["label"] else method["label"].split(",")
+    return row_name(method["method"], [re.sub(r"^method\.mixer_init=", "", override) for override in overrides])
 
 
 def _votes(folder: Path, design: Mapping[str, Any], kinds: Mapping[str, str]) -> tuple[Vote, ...]:

@@ -30,7 +30,7 @@ from .rating import (
     shares,
     sign_test,
 )
-from .statistics import RESAMPLES, Interval, holm
+from .statistics import ALPHA, RESAMPLES, Interval, holm
 from .tables import MISSING, Block, Grid, Page, csv_text, latex_page, markdown_page
 from .task_table import Document
 
@@ -73,6 +73,9 @@ def build(
             )
         )
     return documents
+
+
+_SignTests = dict[str, dict[str, tuple[SignTest, float | None]]]  # unit, question -> the test, and Holm's p
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,7 @@ def _points(found: Shares | None, between: Interval | None) -> str:
 # ------------------------------------------------------------------------------------------------- what it stands on
 
 
-def _sign_tests(questions: Sequence[_Question]) -> dict[str, dict[str, tuple[SignTest, float | None]]]:
+def _sign_tests(questions: Sequence[_Question]) -> _SignTests:
     """Unit -> question -> the sign test, and its p by Holm over the questions."""
     found = {}
     for unit in _UNITS:
@@ -209,9 +212,7 @@ def _sign_tests(questions: Sequence[_Question]) -> dict[str, dict[str, tuple[Sig
     return found
 
 
-def _difference_block(
-    study: Study, questions: Sequence[_Question], tests: dict[str, dict[str, tuple[SignTest, float | None]]]
-) -> Block:
+def _difference_block(study: Study, questions: Sequence[_Question], tests: _SignTests) -> Block:
     headers = ["Question", "Difference", *(f"Resampling {by}" for by in BY)]
     for unit in _UNITS:
         headers += [
@@ -236,8 +237,22 @@ def _difference_block(
             "pairs before the same raters, or both, which is the widest.",
             f"Exact sign tests: pairs, and raters, with more votes for {study.first} : for {study.second}; even ones "
             "do not enter. Holm's p is adjusted for the two questions.",
+            "A method counts as preferred if the interval over raters and pairs lies on its side of zero and the sign "
+            f"test by pairs agrees, with Holm's p below {ALPHA}.",
         ],
+        notes=[f"{question.title}: {_verdict(study, question, tests)}." for question in questions],
     )
+
+
+def _verdict(study: Study, question: _Question, tests: _SignTests) -> str:
+    between = question.mean.intervals["raters and pairs"].difference
+    test, adjusted = tests["pairs"][question.id]
+    if between is not None and adjusted is not None and adjusted < ALPHA:
+        if between[0] > 0 and test.first > test.second:
+            return f"{study.first} is preferred"
+        if between[1] < 0 and test.first < test.second:
+            return f"{study.second} is preferred"
+    return "cannot be told"
 
 
 def _agreement_block(questions: Sequence[_Question]) -> Block:
@@ -311,11 +326,9 @@ def _side_notes(study: Study) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------------------- CSV
 
 
-def _lines(
-    study: Study, questions: Sequence[_Question], tests: dict[str, dict[str, tuple[SignTest, float | None]]]
-) -> Iterator[dict[str, object]]:
+def _lines(study: Study, questions: Sequence[_Question], tests: _SignTests) -> Iterator[dict[str, object]]:
     of_study = {"scale": study.scale, "study": study.name, "first": study.first, "second": study.second}
-    columns = {"first": f"{study.first}_wins", "tie": "tie", "second": f"{study.second}_wins"}
+    columns = {"first": f"{study.keys[0]}_wins", "tie": "tie", "second": f"{study.keys[1]}_wins"}
     for question in questions:
         common = {**of_study, "question": question.id}
         for row in question.rows:

@@ -33,7 +33,7 @@ class Studies:
     def __init__(self, root):
         self.root = root
 
-    def add(self, votes, name="main", scale="smoke", subjects=SUBJECTS, pairs=8, first="moslora", max_wrong=0.25):
+    def add(self, votes, name="main", scale="smoke", subjects=SUBJECTS, pairs=8, label="default", max_wrong=0.25):
         """``votes`` has (rater, pair, question, winner); pairs are numbered by subject, then two checks follow."""
         folder = self.root / "subject_driven_t2i" / scale / "human_study" / name
         folder.mkdir(parents=True)
@@ -42,7 +42,8 @@ class Studies:
             for number, subject in enumerate((s for s in subjects for _ in range(pairs)), start=1)
         ]
         designed += [{"id": kind, "kind": kind, "subject": subjects[0]} for kind in ("same", "other")]
-        design = {"schema_version": 1, "first": {"name": first}, "second": {"name": "lora"}, "pairs": designed}
+        methods = {"first": {"method": "moslora", "label": label}, "second": {"method": "lora", "label": "default"}}
+        design = {"schema_version": 1, **methods, "pairs": designed}
         design |= {
             "questions": [*QUESTIONS],
             "subjects": {subject: {} for subject in subjects},
@@ -162,6 +163,29 @@ def test_the_difference_is_told_by_raters_and_by_pairs(studies):
     assert (agreeing["Alike (%)"], agreeing["Krippendorff's alpha"]) == ("100.0", "1.00")
 
 
+@pytest.mark.parametrize(
+    ("winners", "raters", "expected"),
+    [
+        (["first", "tie", "tie", "first"] * 8, 5, "moslora is preferred"),
+        (["second", "tie", "tie", "second"] * 8, 5, "lora is preferred"),
+        (["first", "second", "tie", "tie"] * 8, 5, "cannot be told"),
+        (["first"] * 4 + ["tie"] * 28, 5, "cannot be told"),  # four pairs are too few for the sign test
+        (["first", "tie", "tie", "first"] * 8, 1, "cannot be told"),  # of other raters one rater says nothing
+    ],
+)
+def test_a_preference_needs_the_interval_and_the_sign_test(studies, winners, raters, expected):
+    studies.add(
+        [
+            (f"{rater:03d}", f"{pair:03d}", question, winner)
+            for rater in range(1, raters + 1)
+            for pair, winner in enumerate(winners, start=1)
+            for question in QUESTIONS
+        ]
+    )
+    for title in QUESTIONS.values():
+        assert f"- {title}: {expected}.\n" in studies.page().markdown
+
+
 def test_inattentive_raters_are_left_out_by_the_studys_rule_and_named(studies):
     votes = [("001", "001", "subject_similarity", "first"), *attentive("001")]
     # The second misses one of three attention questions, the third one of two.
@@ -241,7 +265,7 @@ def test_the_papers_numbers_stand_beside_ours_with_their_marks(studies):
 
 def test_every_study_has_a_page_of_its_own_and_the_same_bytes(studies):
     studies.add(random_votes(), "main")
-    studies.add(random_votes(seed=1), "again", first="moslora (method.mixer_init=orthogonal)")
+    studies.add(random_votes(seed=1), "again", label="method.mixer_init=orthogonal")
     studies.add(random_votes(), "main", scale="paper")
     pages = build(studies.root, None, [], [], NUMBERS)
     assert [(page.folder, page.name) for page in pages] == [
@@ -249,7 +273,7 @@ def test_every_study_has_a_page_of_its_own_and_the_same_bytes(studies):
         ("smoke/human_study", "table6-again"),
         ("smoke/human_study", "table6-main"),
     ]
-    assert "moslora (method.mixer_init=orthogonal) wins" in pages[1].markdown
+    assert "| moslora (orthogonal) wins |" in pages[1].markdown and "moslora_wins" in pages[1].csv
     assert [page.files() for page in build(studies.root, None, [], [], NUMBERS)] == [page.files() for page in pages]
     assert [page.folder for page in build(studies.root, "paper", [], [], NUMBERS)] == ["paper/human_study"]
     assert build(studies.root / "nowhere", None, [], [], NUMBERS) == []
