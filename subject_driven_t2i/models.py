@@ -50,8 +50,8 @@ def load_pipeline(config: ModelConfig, without: Sequence[str] = ()) -> StableDif
         raise UserError("model.dtype must be float32, bfloat16 or float16, found 'auto'")
     dtype = weights_dtype(config.dtype)
     path = resolve_path(config.path)
-    if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
-        raise UserError(f"{_name(config)}: has no model_index.json; expected a pipeline in diffusers' layout")
+    if Path(path).is_dir():
+        _check_folder(Path(path), without, _name(config))
     parts: dict[str, Any] = dict.fromkeys(without)
     if config.vae is not None and "vae" not in without:
         parts["vae"] = _load(
@@ -78,6 +78,15 @@ def load_pipeline(config: ModelConfig, without: Sequence[str] = ()) -> StableDif
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     return pipeline.to(device())
+
+
+def _check_folder(folder: Path, without: Sequence[str], name: str) -> None:
+    """Refuses a folder that lacks a part: a tokenizer would be replaced by an empty one, without a word."""
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{name}: has no model_index.json; expected a pipeline in diffusers' layout")
+    for part in PARTS:
+        if part not in without and not (folder / part).is_dir():
+            raise UserError(f"{name}: has no folder {part}; expected SDXL's parts: {', '.join(PARTS)}")
 
 
 def _load(load, name: str):
@@ -114,9 +123,7 @@ def _check_parts(pipeline: StableDiffusionXLPipeline, name: str) -> None:
         sizes["the width of its conditions"] = (conditions, unet.config.projection_class_embeddings_input_dim)
     for what, (found, expected) in sizes.items():
         if found != expected:
-            raise UserError(
-                f"{name}: {what} is {found}, and its UNet takes {expected}; expected parts of one pipeline"
-            )
+            raise UserError(f"{name}: {what} is {found}, while its UNet takes {expected}; expected parts that fit")
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
