@@ -347,9 +347,9 @@ def _against_lora(compared: Sequence[_Comparison], layout: _Layout) -> Block:
         title="Against LoRA, on the same subjects, prompts, noise and seeds",
         grid=Grid(headers, rows, left=2, groups=begins),
         facts=[
-            "Differences of accuracies are in points. 95% over seeds: t interval of the seeds' differences, for another "
-            f"training. 95% over subjects: bootstrap of {RESAMPLES} resamples of the subjects, for other subjects; a "
-            "handful of subjects makes it too narrow. Subjects ahead: where the first is better on average."
+            "Differences of accuracies are in points. 95% over seeds: t interval of the seeds' differences, for "
+            f"another training. 95% over subjects: bootstrap of {RESAMPLES} resamples of the subjects, for other "
+            "subjects; a handful of subjects makes it too narrow. Subjects ahead: where the first is better on average."
         ],
         notes=_one_seed(len(found.average.by_seed) for of in compared for found in of.tasks.values()),
     )
