@@ -349,7 +349,7 @@ def _against_lora(compared: Sequence[_Comparison], layout: _Layout) -> Block:
         facts=[
             "Differences of accuracies are in points. 95% over seeds: t interval of the seeds' differences, for "
             f"another training. 95% over subjects: bootstrap of {RESAMPLES} resamples of the subjects, for other "
-            "subjects; a handful of subjects makes it too narrow. Subjects ahead: where the first is better on average."
+            "subjects; a handful of them makes it too narrow. Subjects ahead: where the first is better on average."
         ],
         notes=_one_seed(len(found.average.by_seed) for of in compared for found in of.tasks.values()),
     )
