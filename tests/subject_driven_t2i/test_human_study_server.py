@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
 import io
+import json
+import multiprocessing
 import re
+import socket
 import sqlite3
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
@@ -324,9 +330,59 @@ def test_only_this_machine_is_listened_to_unless_told_otherwise(monkeypatch, fol
     assert made["host"] == "0.0.0.0" and "everyone who reaches this machine at port 4242 can take part" in caplog.text
 
 
-def test_an_address_that_is_taken_is_named(folder):
-    import socket
+@pytest.fixture
+def address(folder):
+    """Host and port of a server in a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        host, port = free.getsockname()
+    process = multiprocessing.get_context("fork").Process(target=serve, args=(folder, host, port), daemon=True)
+    process.start()
+    for _ in range(600):
+        try:
+            socket.create_connection((host, port)).close()
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+    yield host, port
+    process.kill()
+    process.join()
 
+
+def ask(address, method, path, body=None, **headers):
+    """Status, headers and content of a request whose path is sent as it is."""
+    connection = http.client.HTTPConnection(*address, timeout=60)
+    try:
+        connection.request(method, path, body, {"Content-Type": "application/json", **headers})
+        answer = connection.getresponse()
+        return answer.status, dict(answer.getheaders()), answer.read()
+    finally:
+        connection.close()
+
+
+def test_the_server_itself_sends_nothing_else_and_takes_raters_at_once(folder, address):
+    for path in ("/../../study.json", "/static/../../study.json", "/static//etc/passwd", "//etc/passwd", "/%00"):
+        status, headers, content = ask(address, "GET", path)
+        assert status in (308, 400, 404) and b"schema_version" not in content and b"root" not in content
+    assert ask(address, "GET", "/", Host="evil.example")[0] == 400
+    assert ask(address, "POST", "/raters", b"x" * 100_000)[0] == 413
+    status, headers, _ = ask(address, "GET", "/static/pair.js")
+    assert status == 200 and "Server" not in headers and headers["Cache-Control"] == "no-store"
+
+    def rate(_):
+        page = json.loads(ask(address, "POST", "/raters", b"{}")[2])["page"]
+        for number in range(1, PAIRS + 1):
+            for question in QUESTIONS:
+                body = json.dumps({"question": question, "choice": "tie"})
+                assert ask(address, "POST", f"{page}/{number}/votes", body)[0] == 204
+        return page
+
+    with ThreadPoolExecutor(5) as pool:
+        assert len(set(pool.map(rate, range(5)))) == 5
+    assert len(votes(folder)) == 5 * PAIRS * 2
+
+
+def test_an_address_that_is_taken_is_named(folder):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

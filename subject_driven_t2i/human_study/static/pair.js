@@ -13,6 +13,7 @@ const back = document.getElementById("back");
 // Question -> the choice that the server has.
 const kept = Object.fromEntries(inputs.filter((input) => input.checked).map((input) => [input.name, input.value]));
 let sending = 0;
+let leaving = false; // Enter was pressed before the last answer was kept
 let last = Promise.resolve();
 
 function show(message) {
@@ -41,6 +42,7 @@ async function send(question, choice) {
       if (input.name === question) input.checked = input.value === kept[question];
     }
     state.textContent = "";
+    leaving = false;
     const why = reason instanceof TypeError ? "the server does not answer" : reason.message;
     show(`Not saved: ${why}. Please try again.`);
   }
@@ -54,6 +56,7 @@ function vote(input) {
   last = last.then(() => send(input.name, input.value)).then(() => {
     sending -= 1;
     refresh();
+    if (leaving && !next.disabled) next.click();
   });
 }
 
@@ -70,8 +73,9 @@ document.addEventListener("keydown", (event) => {
       vote(input);
     }
     event.preventDefault();
-  } else if (event.key === "Enter" && !event.target.closest("a, button") && !next.disabled) {
-    next.click();
+  } else if (event.key === "Enter" && !event.target.closest("a, button")) {
+    if (next.disabled) leaving = sending > 0;
+    else next.click();
   } else if ((event.key === "Backspace" || (event.key === "ArrowLeft" && event.target.type !== "radio")) && back) {
     back.click();
   }
