@@ -245,7 +245,7 @@ def expected(subject_name: str, prompt_template: str) -> Reading:
 _REACH = JITTER + 1
 # Share of a picture's variance that the best template has to explain, and the least standard deviation of a picture
 # with something in it.
-_EXPLAINED, _CONTRAST = 0.75, 15.0
+_EXPLAINED, _CONTRAST = 0.6, 15.0
 # Distance in RGB up to which a pixel has a colour of the palette; no two colours are nearer than 90. Shares of the
 # pixels that have to have it: of a sprite's region, whose outline may be blurred, and of the frame, which has none.
 _NEAR, _SHARE, _FRAME_SHARE = 60.0, 0.4, 0.9
