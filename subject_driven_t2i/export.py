@@ -25,26 +25,36 @@ from moslora_core.fold import fold_state_dict, plain_config
 logger = logging.getLogger(__name__)
 
 DIFFUSERS_FOLDER = "adapter_diffusers"
-FOLDABLE = ("MOSLORA", "LORA")
+_LORA = ("MOSLORA", "LORA")
+# Starts of A and B that leave the base as it is; PiSSA and its like take B @ A out of it when they are loaded.
+_STARTS = (True, False, "gaussian")
 
 
-def is_foldable(adapter: Path) -> bool:
-    """Whether a saved adapter is of LoRA's family, which is all that diffusers' pipelines load."""
-    return read_config(adapter).get("peft_type") in FOLDABLE
+def obstacle(adapter: Path) -> str | None:
+    """What keeps diffusers' pipelines from loading a saved adapter as plain LoRA; None if nothing does.
+
+    Raises:
+        UserError: no saved adapter.
+    """
+    config = read_config(adapter)
+    if (kind := config.get("peft_type")) not in _LORA:
+        return f"peft_type is {kind!r}; diffusers loads {' and '.join(_LORA)} alone"
+    if (start := config.get("init_lora_weights", True)) not in _STARTS:
+        return f"init_lora_weights={start!r} changes the base's weights, which diffusers does not"
+    return None
 
 
 def export_diffusers(adapter: Path, out: Path) -> Path:
     """Writes a saved adapter of a UNet as ``pytorch_lora_weights.safetensors`` to the new folder ``out``.
 
     Raises:
-        UserError: no complete adapter of LoRA's family, or a folder that holds something.
+        UserError: no complete adapter, one that diffusers cannot load, or a folder that holds something.
     """
-    config = read_config(adapter)
-    if (kind := config.get("peft_type")) not in FOLDABLE:
-        raise UserError(f"{adapter}: peft_type is {kind!r}; diffusers loads {' and '.join(FOLDABLE)} alone")
+    if reason := obstacle(adapter):
+        raise UserError(f"{adapter}: {reason}")
     try:
         folded = fold_state_dict(read_weights(adapter))
-        plain = plain_config(config).to_dict()
+        plain = plain_config(read_config(adapter)).to_dict()
     except (TypeError, ValueError) as error:
         raise UserError(f"{adapter}: {str(error).splitlines()[0]}") from None
     layers = {key.removeprefix(PREFIX): tensor for key, tensor in folded.items()}

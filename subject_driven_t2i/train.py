@@ -48,7 +48,7 @@ from .config import CONF_MODULE, EXPERIMENT, NOT_IN_LABEL, Config, locate
 from .drawing import Request, draw, request_of, resolution_of
 from .draws import Draws, Source, collate
 from .encoding import Captions, encode_captions, encode_images, encode_prompt
-from .export import DIFFUSERS_FOLDER, export_diffusers, is_foldable
+from .export import DIFFUSERS_FOLDER, export_diffusers, obstacle
 from .models import architecture, check_resolution, load_pipeline, load_unet, meta_unet, noise_schedule
 from .prior import class_latents
 from .subjects import Subject, check_template, subject_of
@@ -218,10 +218,10 @@ def _export(record: RunRecord) -> None:
     target = record.path / DIFFUSERS_FOLDER
     if target.exists():
         shutil.rmtree(target)
-    if is_foldable(record.adapter_path):
-        export_diffusers(record.adapter_path, target)
+    if reason := obstacle(record.adapter_path):
+        logger.info("no %s: %s", DIFFUSERS_FOLDER, reason)
     else:
-        logger.info("not of LoRA's family, which is all that diffusers' pipelines load: no %s", DIFFUSERS_FOLDER)
+        export_diffusers(record.adapter_path, target)
 
 
 # ------------------------------------------------------------------------------------------------------------ dry run
