@@ -10,6 +10,7 @@ SCALE  ?= smoke
 SEEDS  ?= 0,1,2
 METHODS ?= lora,moslora
 MODES  ?= generate,loglikelihood
+SUBJECTS ?= toy,badge,lamp
 RUNS   ?= runs
 REPORTS ?= reports
 JOBS   ?= 2
@@ -34,7 +35,7 @@ help: ## list the targets
 install: $(STAMP) ## create .venv with the locked versions (the other targets do so too)
 
 .PHONY: reproduce
-reproduce: reproduce-commonsense reproduce-visual ## train and evaluate METHODS x SEEDS at the smoke scale, print the tables and the report's path
+reproduce: reproduce-commonsense reproduce-visual reproduce-t2i ## train and evaluate METHODS x SEEDS at the smoke scale, print the tables and the report's path
 	$(MAKE) -s report
 
 .PHONY: reproduce-commonsense
@@ -51,6 +52,15 @@ reproduce-visual: $(STAMP) ## the runs of visual instruction tuning alone
 	$(BIN)/python -m visual_instruction.evaluate -m scale=$(SCALE) method=$(METHODS) seed=$(SEEDS) runs_dir=$(RUNS) on_finished=skip
 	$(BIN)/python -m visual_instruction.evaluate scale=$(SCALE) method=base runs_dir=$(RUNS) on_finished=skip
 
+.PHONY: reproduce-t2i
+reproduce-t2i: $(STAMP) ## the runs of subject-driven generation alone, METHODS x SEEDS x SUBJECTS
+	$(BIN)/python -m subject_driven_t2i.prepare_data scale=$(SCALE)
+	$(BIN)/python -m subject_driven_t2i.train -m scale=$(SCALE) method=$(METHODS) data.subject=$(SUBJECTS) seed=$(SEEDS) runs_dir=$(RUNS) on_finished=skip
+	$(BIN)/python -m subject_driven_t2i.generate -m scale=$(SCALE) method=$(METHODS) data.subject=$(SUBJECTS) seed=$(SEEDS) runs_dir=$(RUNS) on_finished=skip
+	$(BIN)/python -m subject_driven_t2i.evaluate -m scale=$(SCALE) method=$(METHODS) data.subject=$(SUBJECTS) seed=$(SEEDS) runs_dir=$(RUNS) on_finished=skip
+	$(BIN)/python -m subject_driven_t2i.generate -m scale=$(SCALE) method=base data.subject=$(SUBJECTS) runs_dir=$(RUNS) on_finished=skip
+	$(BIN)/python -m subject_driven_t2i.evaluate -m scale=$(SCALE) method=base data.subject=$(SUBJECTS) runs_dir=$(RUNS) on_finished=skip
+
 .PHONY: report
 report: $(STAMP) ## tables from the run records in RUNS
 	$(BIN)/python -m analysis.report --runs $(RUNS) --out $(REPORTS)
@@ -65,6 +75,7 @@ test: $(STAMP) ## ruff and the test suite
 dry-run: $(STAMP) ## parameters, memory and steps of the paper's runs, without weights or data
 	$(BIN)/python -m commonsense_reasoning.train -m scale=paper protocol=paper method=lora,moslora dry_run=true
 	$(BIN)/python -m visual_instruction.train -m scale=paper model=llama3_8b,internlm2_7b method=lora,moslora dry_run=true
+	$(BIN)/python -m subject_driven_t2i.train -m scale=paper method=lora,moslora data.subject=dog dry_run=true
 
 .PHONY: clean
 clean: ## remove runs, prepared data and reports (not the environment)
