@@ -65,6 +65,11 @@ def subject_of(run: Run, protocol: str) -> str | None:
     return subject if isinstance(subject, str) and subject else None
 
 
+def any_subject(run: Run) -> str | None:
+    """The subject of a run as any of its evaluations recorded it."""
+    return next((found for protocol in run.evaluations if (found := subject_of(run, protocol)) is not None), None)
+
+
 def label_without_subject(label: str) -> str:
     """The overrides of a run but for its subject; a label that was cut short is no list and stays as it is."""
     if "~" in label:
@@ -72,13 +77,13 @@ def label_without_subject(label: str) -> str:
     return ",".join(part for part in label.split(",") if not part.startswith(f"{SUBJECT}=")) or "default"
 
 
-def arms_of(runs: Iterable[Run], protocol: str) -> tuple[list[Arm], list[LeftOut]]:
+def arms_of(runs: Iterable[Run], subject_of: Callable[[Run], str | None]) -> tuple[list[Arm], list[LeftOut]]:
     """The arms in the order of tables, and the runs that are of no subject or of one that another run is of too."""
     groups: dict[tuple[str, str], dict[Key, list[Run]]] = defaultdict(lambda: defaultdict(list))
     left_out = []
     for run in runs:
-        if (subject := subject_of(run, protocol)) is None:
-            left_out.append(LeftOut(run.path, run.scale, f"the evaluation {protocol} does not say its subject"))
+        if (subject := subject_of(run)) is None:
+            left_out.append(LeftOut(run.path, run.scale, "its evaluation does not say its subject"))
             continue
         groups[run.method, label_without_subject(run.label)][run.seed, subject].append(run)
     arms = []

@@ -136,7 +136,7 @@ def _document(
 ) -> Document:
     tasks = _tasks(runs, protocol)
     runs, left_out = with_tasks(runs, left_out, scale, protocol, tasks)
-    arms, unusable = arms_of(runs, protocol)
+    arms, unusable = arms_of(runs, lambda run: subject_of(run, protocol))
     left_out = sorted([*left_out, *unusable], key=lambda entry: entry.path)
     runs = [run for run in runs if run.path not in {entry.path for entry in unusable}]
     layout = _Layout(

@@ -245,7 +245,7 @@ def test_runs_without_a_subject_or_of_the_same_are_left_out(root):
     subject_runs.add(root, "lora", "dog", {"dino": 0.4}, seed=2)
     document = document_of(root)
     assert csv_of(document).query("column == 'dino' and subject.isna() and method == 'lora'").n.tolist() == [1]
-    assert "lora/default/seed-1: the evaluation dreambooth does not say its subject" in document.markdown
+    assert "lora/default/seed-1: its evaluation does not say its subject" in document.markdown
     assert document.markdown.count("one of 2 runs of dog with seed 2 and the same settings") == 2
 
 
