@@ -3,7 +3,7 @@
     runs/<experiment>/<scale>/<method>/<overrides>/seed-<n>/
         config.yaml         resolved configuration, complete: rerunning it repeats the run
         environment.json    per stage: package versions, git commit, hardware, command line, start and end
-        metrics.jsonl       one object a logged step: step, loss, learning_rate, tokens or samples, seconds, peak memory
+        metrics.jsonl       one object a logged step: step, loss, learning_rate, tokens or samples, seconds, memory
         adapter/            PEFT format, safetensors
         adapters/step-<n>/  copies of the adapter along the training, step-0 the start, if training.keep_steps is set
         results.json        training summary, and per evaluation {task: {metric, value, n, stderr, breakdown}}
