@@ -34,7 +34,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
     "--window-size=1280,800",
 )
-PATIENCE = 60  # seconds, for a machine that does much else
+PATIENCE = 120  # seconds, for a machine that does much else
 QUESTIONS = ("subject_similarity", "prompt_consistency")
 PAIRS = 6
 KEYS = {"left": 1, "tie": 2, "right": 3}
@@ -74,7 +74,7 @@ class Server:
         said = ""
         while not (found := re.search(r"http://127\.0\.0\.1:(\d+)/", said)):
             try:
-                said += lines.get(timeout=2 * PATIENCE)
+                said += lines.get(timeout=3 * PATIENCE)
             except queue.Empty:
                 pytest.fail(f"the server did not start: {said}")
         self.port = found.group(1)
