@@ -292,20 +292,37 @@ class Average:
             self.weights[name] = old
 
 
-def pretrain(
-    pipeline: StableDiffusionXLPipeline, build: Build, unfinished: Path, log_every: int = 500
-) -> StableDiffusionXLPipeline:
+@dataclass
+class Training:
+    """All that changes while a base is trained: what a checkpoint has.
+
+    Attributes:
+        step: steps done.
+        seconds: spent on them, those before a stop included.
+    """
+
+    module: nn.Module
+    average: Average
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    seconds: float = 0.0
+
+
+def pretrain(pipeline: StableDiffusionXLPipeline, build: Build, unfinished: Path, log_every: int = 500) -> float:
     """Train the pipeline in place and leave the average in it, logging the gate's measures every ``log_every`` steps.
 
     Args:
         unfinished: folder of the checkpoint, from which a build with the same settings goes on.
+
+    Returns:
+        Seconds spent, those before a stop included.
     """
     module = trained_parts(pipeline)
     optimizer = torch.optim.AdamW(module.parameters(), lr=build.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    average = Average(module, build.ema)
-    done = load_checkpoint(unfinished, build, module, average, optimizer)
-    start = time.monotonic()
-    for step in range(done, build.steps):
+    training = Training(module, Average(module, build.ema), optimizer)
+    load_checkpoint(unfinished, build, training)
+    start = time.monotonic() - training.seconds
+    for step in range(training.step, build.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, build.steps, build.lr)
         loss = batch_loss(pipeline, build, step)
@@ -313,61 +330,60 @@ def pretrain(
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
-        average.update(module, step)
-        if (step + 1) % build.checkpoint_every == 0:
-            save_checkpoint(unfinished, build, step + 1, module, average, optimizer)
-        if (step + 1) % log_every == 0:
-            average.exchange(module)
+        training.average.update(module, step)
+        training.step, training.seconds = step + 1, time.monotonic() - start
+        if training.step % build.checkpoint_every == 0:
+            save_checkpoint(unfinished, build, training)
+        if training.step % log_every == 0:
+            training.average.exchange(module)
             measures = {name: round(value, 3) for name, value in measure(pipeline, images=2).items()}
-            average.exchange(module)
-            seconds = time.monotonic() - start
-            log.info("step %d of %d, %.0f s, loss %.4f, %s", step + 1, build.steps, seconds, loss.item(), measures)
-    average.exchange(module)
-    return pipeline
+            training.average.exchange(module)
+            progress = training.step, build.steps, training.seconds, loss.item(), measures
+            log.info("step %d of %d, %.0f s, loss %.4f, %s", *progress)
+    training.average.exchange(module)
+    return training.seconds
 
 
 _STATE = "state.safetensors"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def save_checkpoint(
-    folder: Path, build: Build, step: int, module: nn.Module, average: Average, optimizer: torch.optim.Optimizer
-) -> None:
-    """Write weights, average and moments after ``step`` steps; the file before it is replaced whole."""
+def save_checkpoint(folder: Path, build: Build, training: Training) -> None:
+    """Write the state of a training; the file before it is replaced whole."""
     tensors = {}
-    for name, weight in module.named_parameters():
-        tensors |= {f"weight/{name}": weight.detach(), f"average/{name}": average.weights[name]}
-        tensors |= {f"{key}/{name}": value for key, value in optimizer.state[weight].items()}
+    for name, weight in training.module.named_parameters():
+        tensors |= {f"weight/{name}": weight.detach(), f"average/{name}": training.average.weights[name]}
+        # Weights that nothing reads have no moments.
+        if moments := training.optimizer.state[weight]:
+            tensors |= {f"{key}/{name}": moments[key] for key in _MOMENTS}
     folder.mkdir(parents=True, exist_ok=True)
     new = folder / f"new.{_STATE}"
-    facts = {"step": str(step), "build": json.dumps(asdict(build))}
+    facts = {"step": str(training.step), "seconds": str(training.seconds), "build": json.dumps(asdict(build))}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, metadata=facts)
     new.replace(folder / _STATE)
 
 
 @torch.no_grad()
-def load_checkpoint(
-    folder: Path, build: Build, module: nn.Module, average: Average, optimizer: torch.optim.Optimizer
-) -> int:
-    """Load what :func:`save_checkpoint` wrote; returns the steps done, 0 where there is no checkpoint.
+def load_checkpoint(folder: Path, build: Build, training: Training) -> None:
+    """Put into ``training`` what :func:`save_checkpoint` wrote to the folder, if there is anything.
 
     Raises:
         UserError: for a checkpoint of a build with other settings.
     """
     path = folder / _STATE
     if not path.exists():
-        return 0
+        return
     with safe_open(path, "pt") as file:
         facts = file.metadata()
         if json.loads(facts["build"]) != asdict(build):
             raise UserError(f"{path}: of a build with other settings, {facts['build']}; finish that one or delete it")
-        for name, weight in module.named_parameters():
+        names = set(file.keys())
+        for name, weight in training.module.named_parameters():
             weight.copy_(file.get_tensor(f"weight/{name}"))
-            average.weights[name] = file.get_tensor(f"average/{name}")
-            # Weights that nothing reads have no moments.
-            moments = [f"{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq")]
-            if moments[0] in file.keys():
-                optimizer.state[weight] = {key.split("/")[0]: file.get_tensor(key) for key in moments}
-    return int(facts["step"])
+            training.average.weights[name] = file.get_tensor(f"average/{name}")
+            if f"{_MOMENTS[0]}/{name}" in names:
+                training.optimizer.state[weight] = {key: file.get_tensor(f"{key}/{name}") for key in _MOMENTS}
+    training.step, training.seconds = int(facts["step"]), float(facts["seconds"])
 
 
 # --- The gate --------------------------------------------------------------------------------------------------------
@@ -415,23 +431,15 @@ def build_base(build: Build, out: Path) -> dict[str, object]:
     """
     torch.set_num_threads(build.threads)
     torch.manual_seed(build.seed)
-    start = time.monotonic()
     pipeline = build_pipeline(build)
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in trained_parts(pipeline).items()}
     log.info("%s parameters, %s", parameters, build)
     unfinished = out.with_name(f"{out.name}.unfinished")
-    pretrain(pipeline, build, unfinished)
+    seconds = pretrain(pipeline, build, unfinished)
     measures = measure(pipeline)
     check_gate(measures, GATE)
-    report = report_of(
-        COMMAND,
-        build,
-        measures,
-        GATE,
-        time.monotonic() - start,
-        parameters=parameters,
-        vocabulary=len(pipeline.tokenizer),
-    )
+    facts = {"parameters": parameters, "vocabulary": len(pipeline.tokenizer)}
+    report = report_of(COMMAND, build, measures, GATE, seconds, **facts)
     report["versions"]["diffusers"] = diffusers.__version__
     pipeline.save_pretrained(out)
     write_report(out, report)
