@@ -13,7 +13,8 @@ Raters are blind: neither the page nor an address, a header or a file name says 
 of a pair started from the same noise. The order of the pairs and the sides are shuffled for every rater.
 
     runs.py      two finished runs a subject -> the images that can be compared
-    design.py    the pairs of a study, its attention checks, the order that a rater sees
+    design.py    draws a study: pairs and attention checks
+    study.py     what a study is, and the order that each rater sees
     pictures.py  copies of images that are treated alike
     store.py     votes in SQLite
     server.py    the pages; templates/ and static/ have all that they are made of

@@ -13,10 +13,11 @@ from moslora_core.errors import UserError
 from moslora_core.launch import fail
 
 from ..config import EXPERIMENT
-from .design import STUDY_FILE, differences, draw_study, read_study, write_study
+from .design import draw_study, write_study
 from .export import export
 from .runs import find_arms
 from .server import serve
+from .study import STUDY_FILE, differences, read_study
 
 _SERVE = """
 Make a study from two finished runs of every subject, unless it is there already, and serve its page.

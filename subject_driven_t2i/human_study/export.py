@@ -10,7 +10,7 @@ from moslora_core.errors import UserError
 from moslora_core.record import write_atomic
 
 from . import store
-from .design import Pair, Study, read_study
+from .study import Pair, Study, read_study
 
 CSV_FILE = "votes.csv"
 FIELDS = (

@@ -21,7 +21,7 @@ from werkzeug.wrappers import Response as Answer
 from moslora_core.errors import UserError
 
 from . import store
-from .design import IMAGES_FOLDER, Pair, Screen, Study, read_study
+from .study import IMAGES_FOLDER, Pair, Screen, Study, read_study
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from moslora_core.errors import UserError
 
-from .design import Screen, Study, screens
+from .study import Screen, Study, screens
 
 VOTES_FILE = "votes.sqlite"
 CHOICES = ("left", "tie", "right")

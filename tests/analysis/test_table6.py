@@ -16,8 +16,8 @@ from analysis.load import load_runs
 from analysis.paper import load_paper_numbers
 from analysis.table6 import build
 from subject_driven_t2i.human_study import store
-from subject_driven_t2i.human_study.design import read_study
 from subject_driven_t2i.human_study.export import export
+from subject_driven_t2i.human_study.study import read_study
 
 from ..subject_driven_t2i.study_runs import place_study
 

@@ -10,16 +10,9 @@ from PIL import Image
 
 from moslora_core.errors import UserError
 from moslora_core.record import RunRecord
-from subject_driven_t2i.human_study.design import (
-    IMAGES_FOLDER,
-    differences,
-    draw_study,
-    image_files,
-    read_study,
-    screens,
-    write_study,
-)
+from subject_driven_t2i.human_study.design import draw_study, write_study
 from subject_driven_t2i.human_study.runs import find_arms
+from subject_driven_t2i.human_study.study import IMAGES_FOLDER, differences, image_files, read_study, screens
 
 from .study_runs import RED, SIZE, SUBJECTS, colour, place_data, place_run, place_runs, place_study, rewrite_manifest
 

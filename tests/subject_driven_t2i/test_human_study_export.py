@@ -8,7 +8,7 @@ import pytest
 
 from subject_driven_t2i.human_study import __main__ as command
 from subject_driven_t2i.human_study import store
-from subject_driven_t2i.human_study.design import read_study
+from subject_driven_t2i.human_study.study import read_study
 
 from .study_runs import place_runs
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from moslora_core.errors import UserError
 from subject_driven_t2i.human_study import server, store
-from subject_driven_t2i.human_study.design import read_study
 from subject_driven_t2i.human_study.server import LOOPBACK, MAX_BODY, create_app, serve
+from subject_driven_t2i.human_study.study import read_study
 
 from .study_runs import RED, SIZE, SUBJECTS, place_study
 

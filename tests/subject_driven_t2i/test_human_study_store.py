@@ -12,7 +12,7 @@ import pytest
 
 from moslora_core.errors import UserError
 from subject_driven_t2i.human_study import store
-from subject_driven_t2i.human_study.design import read_study, screens
+from subject_driven_t2i.human_study.study import read_study, screens
 
 from .study_runs import place_study
 
