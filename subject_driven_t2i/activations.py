@@ -24,16 +24,18 @@ TOKENS = 77  # of CLIP's text encoders
 _SEGMENTS = (ResnetBlock2D, BasicTransformerBlock)
 
 
+_QKV = ("query", "key", "value")
+
+
 class _FusedAttention(TorchFunctionMode):
+    """Attention as a kernel that has a shape on the meta device too, and keeps what fused kernels keep."""
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
-            query, key, value = (args[at] if at < len(args) else kwargs[name] for at, name in enumerate(_QKV))
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+            inputs = [args[at] if at < len(args) else kwargs[name] for at, name in enumerate(_QKV)]
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*inputs)[0]
         return func(*args, **kwargs)
-
-
-_QKV = ("query", "key", "value")
 
 
 def saved_for_backward(

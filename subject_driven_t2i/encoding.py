@@ -69,7 +69,7 @@ def pixel_values(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_images(pipeline: StableDiffusionXLPipeline, images: Sequence[Path], resolution: int) -> Latents:
     """Latents of image files.
 
@@ -117,14 +117,14 @@ class Captions:
     negative: Embedding
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_prompt(pipeline: StableDiffusionXLPipeline, text: str) -> Embedding:
     """A text as SDXL's two encoders read it; what is longer than their 77 tokens is cut, with a warning."""
     tokens, _, pooled, _ = pipeline.encode_prompt(text, device=device(), do_classifier_free_guidance=False)
     return Embedding(tokens[0].float().cpu(), pooled[0].float().cpu())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_captions(
     pipeline: StableDiffusionXLPipeline, texts: Iterable[str], negative_prompt: str | None = None
 ) -> Captions:

@@ -6,7 +6,8 @@ of VAE is another folder, and no other code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ def _name(config: ModelConfig) -> str:
 
 
 def device() -> torch.device:
-    """Where models run: the first GPU, if there is one."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """Where models run: this process's GPU, if there is one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
@@ -89,7 +92,7 @@ def _check_folder(folder: Path, without: Sequence[str], name: str) -> None:
             raise UserError(f"{name}: has no folder {part}; expected SDXL's parts: {', '.join(PARTS)}")
 
 
-def _load(load, name: str):
+def _load(load: Callable[[], Any], name: str) -> Any:
     """:func:`moslora_core.base_models.loading`, for what diffusers raises besides."""
     try:
         return loading(load, name)
@@ -132,7 +135,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def load_unet(config: ModelConfig) -> UNet2DConditionModel:
-    """The frozen UNet alone, on the CPU's side of the training, which moves it where it trains.
+    """The frozen UNet alone.
 
     Raises:
         UserError: as :func:`load_pipeline`.

@@ -76,7 +76,8 @@ class DreamBoothTrainer(Trainer):
             inputs["noisy"].to(dtype),
             inputs["timestep"],
             encoder_hidden_states=inputs["tokens"].to(dtype),
-            added_cond_kwargs={"text_embeds": inputs["pooled"].to(dtype), "time_ids": inputs["time_ids"].to(dtype)},
+            # Sizes in pixels stay in float32: bfloat16 would round 687 to 688.
+            added_cond_kwargs={"text_embeds": inputs["pooled"].to(dtype), "time_ids": inputs["time_ids"]},
         ).sample
         errors = functional.mse_loss(predicted.float(), inputs["target"], reduction="none").flatten(1).mean(1)
         examples = len(errors) // self.train_dataset.rows
