@@ -110,12 +110,11 @@ class ValidationImages(TrainerCallback):
             return
         folder = self.record.path / VALIDATION_FOLDER / f"step-{state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
-        self.pipeline.unet = self.unet.eval()
+        self.pipeline.unet = self.unet.eval()  # Trainer sets the training mode before every step
         generation, resolution = self.config.generation, resolution_of(self.config)
         for request in self.wanted:
             (image,) = draw(self.pipeline, [request], self.captions, generation, resolution)
             image.save(folder / f"{request.prompt_index:03d}.png")
-        self.unet.train()
 
 
 def prepare(config: Config, record: RunRecord) -> Prepared:

@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from moslora_core.drawn_images import read_drawn
 from moslora_core.errors import UserError
@@ -296,8 +297,6 @@ def test_an_adapter_of_another_unet_is_refused(config):
 
 def test_an_image_that_is_no_image_is_refused(trained, monkeypatch):
     adapter = locate(trained).adapter_path / "adapter_model.safetensors"
-    from safetensors.torch import load_file, save_file
-
     save_file({key: tensor * float("nan") for key, tensor in load_file(adapter).items()}, adapter, {"format": "pt"})
     with pytest.raises(UserError, match="prompt 0, image 0 is not finite"):
         generate.main(trained)
