@@ -246,9 +246,11 @@ _REACH = JITTER + 1
 # Share of a picture's variance that the best template has to explain, and the least standard deviation of a picture
 # with something in it.
 _EXPLAINED, _CONTRAST = 0.6, 15.0
-# Distance in RGB up to which a pixel has a colour of the palette; no two colours are nearer than 90. Shares of the
-# pixels that have to have it: of a sprite's region, whose outline may be blurred, and of the frame, which has none.
-_NEAR, _SHARE, _FRAME_SHARE = 60.0, 0.4, 0.9
+# Distance in RGB up to which a pixel of a sprite has a colour of the palette, and share of a region's pixels that have
+# to have it; outlines may be blurred. No two colours are nearer than 90.
+_NEAR, _SHARE = 60.0, 0.4
+# The same for the background as a whole, and the root mean squared distance up to which it is one colour.
+_BACKGROUND_NEAR, _SPREAD = 75.0, 25.0
 
 
 @cache
@@ -264,9 +266,9 @@ def read(image: Image.Image) -> Reading:
     """What a picture shows.
 
     Each shape at each place is a template of three regions. The one whose regions are most uniform in the picture
-    gives the shape, unless even that leaves much unexplained. A colour is read where most of a region's pixels are
-    near the same colour of the palette; the background's region is the frame that no sprite reaches. What cannot be
-    read is None, so that noise is not a hit.
+    gives the shape, unless even that leaves much unexplained; the colour of a region is the one of the palette that
+    most of its pixels are near to. The background is read in the frame that no sprite reaches, if that has one colour.
+    What cannot be read is None, so that noise is not a hit.
 
     Args:
         image: of any mode, SIDE x SIDE.
@@ -274,7 +276,7 @@ def read(image: Image.Image) -> Reading:
     if image.size != (SIDE, SIDE):
         raise UserError(f"image: {image.width} x {image.height} pixels; expected {SIDE} x {SIDE} of the smoke world")
     pixels = np.asarray(image.convert("RGB"), np.float64).reshape(-1, 3)
-    background = _colour_of(pixels[_frame()], BACKGROUNDS, _FRAME_SHARE)
+    background = _background(pixels[_frame()])
     shapes, regions = _templates()
     counts = regions.sum(-1)  # (templates, 3)
     means = (regions.reshape(-1, len(pixels)) @ pixels).reshape(*counts.shape, 3) / counts[..., None]
@@ -284,7 +286,7 @@ def read(image: Image.Image) -> Reading:
     if total < len(pixels) * _CONTRAST**2 or explained[best] < _EXPLAINED * total:
         return Reading(background=background)
     _, body, core = regions[best].astype(bool)
-    foreground, middle = (_colour_of(pixels[region], COLOURS, _SHARE) for region in (body, core))
+    foreground, middle = (_sprite_colour(pixels[region]) for region in (body, core))
     return Reading(shapes[best], foreground, middle, background)
 
 
@@ -296,15 +298,31 @@ def _frame() -> np.ndarray:
     return frame.reshape(-1)
 
 
-def _colour_of(pixels: np.ndarray, palette: dict[str, tuple[int, int, int]], share: float) -> str | None:
-    """The colour of the palette that at least ``share`` of the pixels (n, 3) are near to."""
+def _sprite_colour(pixels: np.ndarray) -> str | None:
+    """The colour of the palette that the pixels (n, 3) of a body or core have."""
+    names, colours = _palette()
+    distances = np.linalg.norm(pixels[:, None] - colours, axis=-1)
+    nearest = np.where(distances.min(1) <= _NEAR, distances.argmin(1), len(names))
+    shares = np.bincount(nearest, minlength=len(names))[: len(names)] / len(pixels)
+    name = names[shares.argmax()]
+    return name if shares.max() >= _SHARE and name in COLOURS else None
+
+
+def _background(pixels: np.ndarray) -> str | None:
+    """The colour of the palette that the pixels (n, 3) of a background have."""
+    names, colours = _palette()
+    middle = np.median(pixels, 0)
+    distances = np.linalg.norm(middle - colours, axis=-1)
+    spread = np.sqrt(((pixels - middle) ** 2).sum(1).mean())
+    name = names[distances.argmin()]
+    return name if spread <= _SPREAD and distances.min() <= _BACKGROUND_NEAR and name in BACKGROUNDS else None
+
+
+@cache
+def _palette() -> tuple[list[str], np.ndarray]:
+    """Names of all colours, and their values (n, 3)."""
     everything = COLOURS | BACKGROUNDS
-    distances = np.linalg.norm(pixels[:, None] - np.array(list(everything.values())), axis=-1)
-    nearest = np.where(distances.min(1) <= _NEAR, distances.argmin(1), -1)
-    for number, name in enumerate(everything):
-        if name in palette and (nearest == number).mean() >= share:
-            return name
-    return None
+    return list(everything), np.array(list(everything.values()), np.float64)
 
 
 def hits(reading: Reading, wanted: Reading) -> dict[str, bool]:
