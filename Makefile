@@ -11,6 +11,7 @@ STUDY  ?= analysis/studies/commonsense_smoke.yaml
 SEEDS  ?= 0,1,2
 METHODS ?= lora,moslora
 MODES  ?= generate,loglikelihood
+SUBJECTS ?= toy,badge,lamp
 RUNS   ?= runs
 REPORTS ?= reports
 # Definitions of the studies that the runs are of; kept results have them beside the runs.
@@ -37,7 +38,7 @@ help: ## list the targets
 install: $(STAMP) ## create .venv with the locked versions (the other targets do so too)
 
 .PHONY: reproduce
-reproduce: reproduce-commonsense reproduce-visual ## train and evaluate METHODS x SEEDS at the smoke scale, print the tables and the report's path
+reproduce: reproduce-commonsense reproduce-visual reproduce-t2i ## train and evaluate METHODS x SEEDS at the smoke scale, print the tables and the report's path
 	$(MAKE) -s report
 
 .PHONY: reproduce-commonsense
@@ -53,6 +54,15 @@ reproduce-visual: $(STAMP) ## the runs of visual instruction tuning alone
 	$(BIN)/python -m visual_instruction.train -m scale=$(SCALE) method=$(METHODS) seed=$(SEEDS) runs_dir=$(RUNS) on_finished=skip
 	$(BIN)/python -m visual_instruction.evaluate -m scale=$(SCALE) method=$(METHODS) seed=$(SEEDS) runs_dir=$(RUNS) on_finished=skip
 	$(BIN)/python -m visual_instruction.evaluate scale=$(SCALE) method=base runs_dir=$(RUNS) on_finished=skip
+
+.PHONY: reproduce-t2i
+reproduce-t2i: $(STAMP) ## the runs of subject-driven generation alone, METHODS x SEEDS x SUBJECTS
+	$(BIN)/python -m subject_driven_t2i.prepare_data scale=$(SCALE)
+	$(BIN)/python -m subject_driven_t2i.train -m scale=$(SCALE) method=$(METHODS) data.subject=$(SUBJECTS) seed=$(SEEDS) runs_dir=$(RUNS) on_finished=skip
+	$(BIN)/python -m subject_driven_t2i.generate -m scale=$(SCALE) method=$(METHODS) data.subject=$(SUBJECTS) seed=$(SEEDS) runs_dir=$(RUNS) on_finished=skip
+	$(BIN)/python -m subject_driven_t2i.evaluate -m scale=$(SCALE) method=$(METHODS) data.subject=$(SUBJECTS) seed=$(SEEDS) runs_dir=$(RUNS) on_finished=skip
+	$(BIN)/python -m subject_driven_t2i.generate -m scale=$(SCALE) method=base data.subject=$(SUBJECTS) runs_dir=$(RUNS) on_finished=skip
+	$(BIN)/python -m subject_driven_t2i.evaluate -m scale=$(SCALE) method=base data.subject=$(SUBJECTS) runs_dir=$(RUNS) on_finished=skip
 
 .PHONY: report
 report: $(STAMP) ## tables, figures and one HTML page from the run records in RUNS (committed ones: RUNS=results/runs)
@@ -72,6 +82,7 @@ test: $(STAMP) ## ruff and the test suite
 dry-run: $(STAMP) ## parameters, memory and steps of the paper's runs, without weights or data
 	$(BIN)/python -m commonsense_reasoning.train -m scale=paper protocol=paper method=lora,moslora dry_run=true
 	$(BIN)/python -m visual_instruction.train -m scale=paper model=llama3_8b,internlm2_7b method=lora,moslora dry_run=true
+	$(BIN)/python -m subject_driven_t2i.train -m scale=paper method=lora,moslora data.subject=dog dry_run=true
 
 .PHONY: clean
 clean: ## remove runs, prepared data and reports (not the environment)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from moslora_core.errors import UserError
-from moslora_core.record import Evaluation, RunRecord, TaskResult, Training, find_runs, read_json
+from moslora_core.record import Evaluation, RunRecord, TaskResult, Training, bounds, find_runs, read_json
 
 # Evaluations without a trained adapter, the lines that every method must beat; they have no training to report.
 REFERENCES = ("majority", "none", "base")
@@ -156,12 +156,14 @@ def _by_protocol(evaluations: dict[str, Evaluation]) -> dict[str, str]:
 
 
 def _check(result: TaskResult, where: str) -> None:
-    shares = {"value": result.value} | ({} if result.unparsed is None else {"unparsed": result.unparsed})
-    for key, share in shares.items():
-        if not 0 <= share <= 1:
-            raise UserError(f"{where}: {key} must be a share in [0, 1], found {share}")
     if not isinstance(result.metric, str):
         raise UserError(f"{where}: metric must be a name, found {result.metric!r}")
+    low, high = bounds(result.metric)
+    if not low <= result.value <= high:
+        what = "a share" if low == 0 else "a similarity"
+        raise UserError(f"{where}: value must be {what} in [{low}, {high}], found {result.value}")
+    if result.unparsed is not None and not 0 <= result.unparsed <= 1:
+        raise UserError(f"{where}: unparsed must be a share in [0, 1], found {result.unparsed}")
     if result.n < 1:
         raise UserError(f"{where}: n must be positive, found {result.n}")
 

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 STAGE = "evaluate"
 
 Model = TypeVar("Model")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,9 @@ def in_chunks(
     sizes: Mapping[str, int],
     chunk: int,
     load: Callable[[], Model],
-    answer: Callable[[Model, str, list[int]], Sequence[Prediction]],
-) -> Iterator[tuple[str, list[Prediction], float]]:
+    answer: Callable[[Model, str, list[int]], Sequence[Item]],
+    kind: type[Item] = Prediction,
+) -> Iterator[tuple[str, list[Item], float]]:
     """Evaluates task by task and chunk by chunk; what an earlier start finished is not done again.
 
     Args:
@@ -193,6 +195,7 @@ def in_chunks(
         chunk: items between two saves.
         load: gives the model; called once, and not at all where nothing is left to do.
         answer: predictions of a model for the items of a task with these indices, in their order.
+        kind: dataclass of what ``answer`` gives for an item, where that is no prediction.
 
     Yields:
         A task, the predictions of all of its items, and the seconds that they took, loading apart.
@@ -200,7 +203,7 @@ def in_chunks(
     chunks = resume(partial, expected)
     model = functools.cache(load)
     for task, size in sizes.items():
-        done = _finished_items(chunks, task)
+        done = _finished_items(chunks, task, kind)
         seconds = sum(entry["seconds"] for entry in chunks if entry["task"] == task)
         pending = [index for index in range(size) if index not in done]
         if done:
@@ -220,10 +223,10 @@ def in_chunks(
         yield task, [done[index] for index in range(size)], seconds
 
 
-def _finished_items(chunks: Sequence[dict[str, Any]], task: str) -> dict[int, Prediction]:
+def _finished_items(chunks: Sequence[dict[str, Any]], task: str, kind: type[Item]) -> dict[int, Item]:
     """Predictions in ``chunks`` of one task, by index of the item."""
     return {
-        index: Prediction(**prediction)
+        index: kind(**prediction)
         for chunk in chunks
         if chunk["task"] == task
         for index, prediction in zip(chunk["items"], chunk["predictions"], strict=True)

@@ -31,7 +31,7 @@ class MethodConfig:
         mixer_init: kaiming_uniform | orthogonal | gaussian | identity | zero.
         fold_into_init: start a plain LoRA from A0 := M0 A0 (control: is the mixer only another start?).
         alpha_scale: factor on lora_alpha, in every module.
-        init_lora_weights: PEFT's initialisation of A and B; "default" is Kaiming uniform and zero.
+        init_lora_weights: PEFT's initialisation of A and B; "default" is that of the adapter's configuration.
         lora_plus_ratio: learning rate of B over that of A (LoRA+); None trains both at one rate.
     """
 
@@ -81,6 +81,8 @@ class AdapterConfig:
             those of plain LoRA and of other tuners, have none anywhere and leave it aside.
         exclude_modules: target modules to leave as they are; names, or in a list of its own one regular expression.
         modules_to_save: modules that are trained whole and saved with the adapter, such as LLaVA's projector.
+        init_lora_weights: PEFT's initialisation of A and B in methods that have none of their own; "default" is
+            Kaiming uniform and zero, "gaussian" has A normal with standard deviation 1 / r.
     """
 
     r: int = 16
@@ -92,6 +94,7 @@ class AdapterConfig:
     mixer_pattern: dict[str, str] = field(default_factory=dict)
     exclude_modules: list[str] = field(default_factory=list)
     modules_to_save: list[str] = field(default_factory=list)
+    init_lora_weights: str = "default"
 
 
 def peft_config(
@@ -137,8 +140,9 @@ def peft_config(
     try:
         if method.tuner == "lora":
             lora |= patterns | {"use_dora": method.use_dora, "use_rslora": method.use_rslora}
-            if method.init_lora_weights != "default":
-                lora["init_lora_weights"] = method.init_lora_weights
+            own = [init for init in (method.init_lora_weights, adapter.init_lora_weights) if init != "default"]
+            if own:
+                lora["init_lora_weights"] = own[0]
             if method.mixer == "identity":
                 return LoraConfig(**lora)
             return MoSLoraConfig(

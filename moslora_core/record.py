@@ -3,7 +3,7 @@
     runs/<experiment>/<scale>/<method>/<overrides>/seed-<n>/
         config.yaml         resolved configuration, complete: rerunning it repeats the run
         environment.json    per stage: package versions, git commit, hardware, command line, start and end
-        metrics.jsonl       one object a logged step: step, loss, learning_rate, tokens, seconds, peak_memory_bytes
+        metrics.jsonl       one object a logged step: step, loss, learning_rate, tokens or samples, seconds, memory
         adapter/            PEFT format, safetensors
         adapters/step-<n>/  copies of the adapter along the training, step-0 the start, if training.keep_steps is set
         results.json        training summary, and per evaluation {task: {metric, value, n, stderr, breakdown}}
@@ -11,6 +11,7 @@
                             (predictions.jsonl.gz in a record that is kept without its adapter)
         knock_out/<evaluation>.json   the same tasks without some subspaces of the adapter; never part of results.json
         subspaces.json      what the analysis reads out of adapter/ and adapters/, for records without them
+        images/ and more    of runs that draw images, see drawn_images.py
         status.json         running | finished | failed, with stage and reason
 
 Every file but the growing ``*.jsonl`` logs is written to a temporary file and renamed, so that a reader (or a resumed
@@ -83,6 +84,14 @@ class TaskResult:
     unparsed: float | None = None  # share of responses in which no answer was found, where the protocol parses one
     lenient: float | None = None  # the same metric under a more forgiving reading of the responses
     breakdown: dict[str, TaskResult] | None = None
+
+
+SIMILARITY = "cosine similarity"  # how the names of metrics begin whose values may be negative
+
+
+def bounds(metric: str) -> tuple[int, int]:
+    """Least and largest value that a metric can have: all are shares but cosine similarities."""
+    return (-1, 1) if metric.startswith(SIMILARITY) else (0, 1)
 
 
 @dataclass

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from omegaconf import MISSING
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from . import launch
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME
@@ -283,7 +283,7 @@ class Recorder(TrainerCallback):
         row = {
             "step": state.global_step,
             **numbers,
-            "tokens": int(state.num_input_tokens_seen),
+            **self._seen(args, state),
             "seconds": round(self.stopwatch.seconds, 3),
             "peak_memory_bytes": peak_memory()[0],
         }
@@ -291,6 +291,14 @@ class Recorder(TrainerCallback):
         if args.disable_tqdm:  # a log file takes lines, not a progress bar
             shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if value is not None)
             logger.info("step %d of %d: %s, %.0f s", state.global_step, state.max_steps, shown, row["seconds"])
+
+    @staticmethod
+    def _seen(args: TrainingArguments, state: TrainerState) -> dict[str, int]:
+        """Tokens so far; examples where a training has no tokens."""
+        if args.include_num_input_tokens_seen != "no":
+            return {"tokens": int(state.num_input_tokens_seen)}
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return {"samples": state.global_step * batch}
 
 
 class AdaLoraBudget(TrainerCallback):
@@ -342,6 +350,8 @@ class Prepared:
     Attributes:
         collator: makes a batch of examples.
         trainer: class of the trainer, for experiments with an order of their own.
+        callbacks: what the experiment does on the way.
+        finish: called by the first process when the adapter is saved, before the run counts as trained.
     """
 
     model: PeftModel
@@ -350,6 +360,8 @@ class Prepared:
     collator: Callable
     arguments: TrainingArguments
     trainer: type[Trainer] = Trainer
+    callbacks: Sequence[TrainerCallback] = ()
+    finish: Callable[[], None] | None = None
 
 
 def resume_point(record: RunRecord) -> str | None:
@@ -430,7 +442,7 @@ def fit(method: MethodConfig, training: TrainingConfig, record: RunRecord, prepa
         train_dataset=prepared.train_set,
         eval_dataset=prepared.validation_set,
         data_collator=prepared.collator,
-        callbacks=_callbacks(method, training, record, stopwatch),
+        callbacks=[*_callbacks(method, training, record, stopwatch), *prepared.callbacks],
         optimizers=(_loraplus(model, method, training), None),
     )
     trainer.remove_callback(PrinterCallback)
@@ -445,6 +457,8 @@ def fit(method: MethodConfig, training: TrainingConfig, record: RunRecord, prepa
         raise _diverged(output.global_step, "loss", output.training_loss)
     memory, kind = peak_memory()
     _save_adapter(trainer, record, record.adapter_path)
+    if prepared.finish is not None and is_main_process():
+        prepared.finish()
     rows = record.metrics()
     losses = [row["loss"] for row in rows if "loss" in row]
     validation = [row["eval_loss"] for row in rows if "eval_loss" in row]

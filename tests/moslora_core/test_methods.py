@@ -62,6 +62,19 @@ def test_every_method_is_known_by_its_own_name():
     } == set(METHODS)  # fmt: skip
 
 
+@pytest.mark.parametrize(("name", "init"), [("lora", "gaussian"), ("moslora", "gaussian"), ("pissa", "pissa")])
+def test_the_adapters_initialisation_is_that_of_methods_without_their_own(name, init):
+    adapter = replace(ADAPTER, init_lora_weights="gaussian")
+    assert peft_config(METHODS[name], adapter, seed=0, total_steps=100).init_lora_weights == init
+
+
+def test_a_gaussian_start_of_a_has_a_standard_deviation_of_one_over_the_rank():
+    drawn = factors(build("moslora", adapter=replace(ADAPTER, init_lora_weights="gaussian")), "lora_A")
+    values = torch.cat([tensor.flatten() for tensor in drawn.values()])
+    assert values.numel() > 500 and values.std().item() == pytest.approx(1 / R, rel=0.1)
+    assert values.abs().max() > 2 / R, "a uniform distribution would end before"
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_method_starts_at_the_base_and_learns(name):
     tokens = torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,156 @@
+"""Images that a run drew, as its record keeps them: the files, what each was drawn from, and scores image by image.
+
+    images/<prompt>-<image>.png     numbers of three and two digits
+    generation.json                 the settings that they were drawn with, and whether all of them are there
+    images.jsonl                    one object an image: what it was drawn from, its file, and that file's sha256
+    references/<number>.png         the real images that the drawn ones were compared with, reduced in size
+    scores.jsonl                    one object an image and evaluation: evaluation, prompt_index, index, and the scores
+
+The references are in the record so that it can be shown without the data that the run was trained on.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .prepared import sha256
+from .record import RunRecord, read_json, read_jsonl, write_atomic
+
+MANIFEST = "images.jsonl"
+FACTS = "generation.json"
+SCORES = "scores.jsonl"
+REFERENCES = "references"
+LONGEST = 384  # pixels of a reference's longer side in the record: enough for a figure
+
+
+@dataclass(frozen=True)
+class DrawnImage:
+    """One line of the manifest.
+
+    Attributes:
+        prompt_index: number of the prompt among the subject's.
+        index: number of the image among those of its prompt.
+        prompt: text that it was drawn from.
+        class_prompt: the same without the word that means the subject.
+        noise_seed: seed of its starting noise, the same for every method.
+        file: path below the run folder.
+    """
+
+    prompt_index: int
+    index: int
+    prompt: str
+    class_prompt: str
+    noise_seed: int
+    file: str
+    sha256: str
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.prompt_index, self.index
+
+
+_KINDS = {"int": int, "str": str}
+
+
+def read_drawn(record: RunRecord) -> list[DrawnImage]:
+    """The images of a run in the order of prompts and numbers; empty where none was drawn yet.
+
+    Raises:
+        UserError: a damaged manifest, or one that has an image twice.
+    """
+    path = record.path / MANIFEST
+    if not path.exists():
+        return []
+    rows = read_jsonl(path)
+    found = [_drawn(row, record.path, f"{path} line {number}") for number, row in enumerate(rows, start=1)]
+    found.sort(key=lambda image: image.key)
+    for image, following in pairwise(found):
+        if image.key == following.key:
+            raise UserError(f"{path}: image {image.index} of prompt {image.prompt_index} is there twice")
+    return found
+
+
+def _drawn(row: dict[str, Any], folder: Path, where: str) -> DrawnImage:
+    values = {}
+    for field in fields(DrawnImage):
+        value, kind = row.get(field.name), _KINDS[field.type]
+        if type(value) is not kind:
+            raise UserError(f"{where}: {field.name} must be {kind.__name__}, found {value!r}")
+        values[field.name] = value
+    if not (folder / values["file"]).resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{where}: file must lie in the run's folder, found {values['file']!r}")
+    return DrawnImage(**values)
+
+
+def drawing_settings(record: RunRecord) -> dict[str, Any] | None:
+    """The settings that a run's images were drawn with; None where they are not all there.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    path = record.path / FACTS
+    facts = read_json(path) if path.exists() else {}
+    settings = facts.get("settings", {}) if isinstance(facts, dict) else None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is damaged: expected what generate writes")
+    return settings if facts.get("finished") else None
+
+
+def verified(record: RunRecord, image: DrawnImage) -> Path:
+    """The file of an image, which is the one that the manifest describes.
+
+    Raises:
+        UserError: it is missing, or another than was drawn.
+    """
+    path = record.path / image.file
+    try:
+        found = sha256(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; the manifest {MANIFEST} has it") from None
+    if found != image.sha256:
+        raise UserError(f"{path} has sha256 {found[:12]}..., expected {image.sha256[:12]}... as in {MANIFEST}")
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------- references
+
+
+def write_references(record: RunRecord, images: Sequence[Path]) -> None:
+    """Copies real images into the record, so that it can be shown without the data; at most ``LONGEST`` pixels."""
+    from PIL import Image
+
+    for number, path in enumerate(images):
+        with Image.open(path) as image:
+            copy = image.convert("RGB")
+        copy.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        copy.save(buffer, format="PNG", optimize=True)
+        write_atomic(record.path / REFERENCES / f"{number:02d}.png", buffer.getvalue())
+
+
+def references(record: RunRecord) -> list[Path]:
+    """The copies of the real images in the record."""
+    return sorted((record.path / REFERENCES).glob("*.png"))
+
+
+# ------------------------------------------------------------------------------------------------------------- scores
+
+
+def write_scores(record: RunRecord, evaluation: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Adds (or replaces) the scores of one evaluation; ``rows`` have prompt_index, index and the scores."""
+    path = record.path / SCORES
+    kept = [row for row in read_scores(record) if row.get("evaluation") != evaluation]
+    lines = [*kept, *({"evaluation": evaluation, **row} for row in rows)]
+    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
+
+
+def read_scores(record: RunRecord) -> list[dict[str, Any]]:
+    path = record.path / SCORES
+    return read_jsonl(path) if path.exists() else []
