@@ -1,19 +1,18 @@
-"""Which row of a table is an arm of a claim: by its method and overrides, at the learning rate to be shown.
+"""Which row of a table is an arm of a claim: by its method and overrides, at the one learning rate that it was run at.
 
-A study runs every arm at a learning rate of its own, which then is one of the overrides in the name of its runs. An
-arm that has no runs without such an override is found by that of its one rate; among several somebody has to choose.
+A study's runs come without their learning rate among the overrides (:mod:`analysis.study_view`). Where rates were
+swept without a study, the rate is in the name of the runs: an arm that has no runs without it is found at its one
+rate; of several none is taken, for nobody has chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 # Overrides that belong to all methods of a comparison: the protocol and the base model.
 CONTEXT = ("protocol", "base", "model", "model.name", "model.quantization")
 RATE = "training.learning_rate"
 
-# (method, label without a rate) -> label of the runs to show.
-Chosen = Mapping[tuple[str, str], str]
 Key = tuple[str, str]  # method, label
 
 
@@ -47,21 +46,16 @@ def contexts(rows: Iterable[Key]) -> list[str]:
     return list(dict.fromkeys(split(label)[1] for _, label in rows))
 
 
-def find(
-    rows: Iterable[Key], method: str, labels: Iterable[str], context: str = "", chosen: Chosen | None = None
-) -> Key | None:
+def find(rows: Iterable[Key], method: str, labels: Iterable[str], context: str = "") -> Key | None:
     """The row, (method, label), of a method under the first of ``labels`` that has one, None if there is none.
+
+    Where no label has a row as it stands, the row at the one learning rate that it was run at is taken.
 
     Args:
         labels: without a learning rate, unless the rate is what the arm is about.
         context: of the rows to look among.
-        chosen: labels to show; where a label is not among them, its runs without an override of the rate are, or else
-            those at the one rate that it was run at.
     """
     rows, labels = list(rows), list(labels)
-    for label in labels:
-        if (wanted := (chosen or {}).get((method, label))) is not None:
-            return as_named(rows, method, [wanted, without(wanted, *CONTEXT)], context)
     return as_named(rows, method, labels, context) or at_one_rate(rows, method, labels, context)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from .arms import Chosen
 from .paper import Claim, PaperNumbers
 from .paper_block import claims_text
 
@@ -125,16 +124,6 @@ def paper_gap(gap: Gap | None, numbers: PaperNumbers) -> tuple[float, str] | Non
         return None
     first, second = cells
     return first.value - second.value, f"{claims_text([first])} against {claims_text([second])}"
-
-
-def at_chosen(statements: Iterable[Statement], chosen: Chosen | None) -> tuple[Statement, ...]:
-    """The statements about the runs that somebody chose, such as those at each arm's own learning rate."""
-
-    def arm(of: Arm) -> Arm:
-        labels = [(chosen or {}).get((of.method, label), label) for label in of.labels]
-        return replace(of, labels=tuple(dict.fromkeys(labels)))
-
-    return tuple(replace(found, first=arm(found.first), second=arm(found.second)) for found in statements)
 
 
 def _headline(claims: Sequence[Claim]) -> Claim | None:

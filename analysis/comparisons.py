@@ -10,8 +10,7 @@ from pathlib import Path
 
 from . import figure4, table1, table4, verdict
 from .aggregate import Row, rows_of
-from .arms import Chosen
-from .claims import STATEMENTS, Statement, at_chosen, paper_gap
+from .claims import STATEMENTS, Statement, paper_gap
 from .compare import Arm, Comparison, Difference, compare, pairs
 from .formats import interval, p_value, points
 from .items import Reader
@@ -60,7 +59,6 @@ def build(
     left_out: Sequence[LeftOut],
     numbers: PaperNumbers,
     statements: Sequence[Statement] | None = None,
-    chosen: Chosen | None = None,
 ) -> list[Document]:
     """The comparisons and the verdict of every scale and evaluation protocol, in a stable order.
 
@@ -70,14 +68,13 @@ def build(
         runs_dir: where the predictions of the runs are.
         statements: the claims to judge, whose arms name the overrides that they were run with; None for the paper's
             claims with every method as it is by default.
-        chosen: labels of the runs that the arms are judged by (:func:`analysis.arms.find`).
     """
     reader = Reader(runs_dir)
     found, given = [], statements
     for scale, protocol, group in by_scale_and_protocol(runs):
         if protocol.endswith("-validation"):
             continue
-        statements = at_chosen(claims_of(experiment, group) if given is None else given, chosen)
+        statements = claims_of(experiment, group) if given is None else given
         layout, group, unused = _layout(experiment, scale, protocol, group, left_out, numbers)
         compared = comparisons(layout, group, protocol, reader, statements)
         found.append(_page(experiment, scale, protocol, layout, group, compared, unused, reader, statements, numbers))

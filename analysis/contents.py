@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import rates_figure
-from .arms import Chosen
 from .claims import STATEMENTS
 from .comparisons import build as compared
 from .exhibits import EXHIBITS, MAIN, Exhibit, Given
@@ -99,7 +98,6 @@ def gather(
     normalised: bool = False,
     comparisons: bool = True,
     subspaces: bool = False,
-    chosen: Chosen | None = None,
     studies: Sequence[Study] = (),
 ) -> Contents:
     """Reads the runs and makes every document of the report.
@@ -108,7 +106,6 @@ def gather(
         studies: whose runs alone are shown of their experiment and scale, each arm at its learning rate.
         experiments: whose tables and figures are made.
         scale: of the runs, None for all.
-        chosen: labels of the runs to show where arms have several (:func:`analysis.arms.find`).
 
     The others are those of :func:`analysis.report.write_report`.
     """
@@ -119,7 +116,7 @@ def gather(
         for progress in followed:
             if progress.study.experiment == experiment:
                 runs, left_out = study_runs(progress, runs, left_out)
-        given[experiment] = Given(runs_dir, runs, left_out, numbers, chosen, normalised)
+        given[experiment] = Given(runs_dir, runs, left_out, numbers, normalised)
     found = [Found(experiment, of.runs, of.left_out) for experiment, of in given.items()]
     further = []
     for progress in followed if figures else ():
@@ -127,7 +124,7 @@ def gather(
             further += _parts(progress.study.experiment, rates_figure.build(progress))
     for experiment, of in given.items():
         if comparisons and experiment in STATEMENTS:
-            documents = compared(experiment, runs_dir, of.runs, of.left_out, numbers, chosen=chosen)
+            documents = compared(experiment, runs_dir, of.runs, of.left_out, numbers)
             further += _parts(experiment, documents)
         if subspaces:
             from .subspace_figures import build as inside  # it reads the weights of the adapters

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import commands, figure4, figure5, table1, table2, table3, table4, table5
-from .arms import Chosen
 from .figure5 import Figure
 from .load import LeftOut, Run
 from .paper import PaperNumbers
@@ -30,7 +29,6 @@ class Given:
     """What there is to make an exhibit of: the runs of its experiment, below ``runs_dir``, and the paper's numbers.
 
     Attributes:
-        chosen: labels of the runs to show where arms have several (:func:`analysis.arms.find`).
         normalised: divide every axis of a radar by its largest mean.
     """
 
@@ -38,7 +36,6 @@ class Given:
     runs: Sequence[Run]
     left_out: Sequence[LeftOut]
     numbers: PaperNumbers
-    chosen: Chosen | None = None
     normalised: bool = False
 
 
@@ -90,14 +87,14 @@ EXHIBITS = (
     Exhibit(
         "table1",
         COMMONSENSE,
-        lambda of: table1.build(of.runs, of.left_out, of.numbers, of.chosen),
+        lambda of: table1.build(of.runs, of.left_out, of.numbers),
         sweeps=("method=lora,two_subspaces adapter.r=8,16",),
     ),
     Exhibit("table2", None, lambda of: table2.build(of.numbers)),
     Exhibit(
         "table3",
         COMMONSENSE,
-        lambda of: table3.build(of.runs, of.left_out, of.numbers, of.chosen),
+        lambda of: table3.build(of.runs, of.left_out, of.numbers),
         sweeps=("method=lora", f"method=moslora method.mixer_init={','.join(table3.INITS)}"),
     ),
     Exhibit(
@@ -109,7 +106,7 @@ EXHIBITS = (
     Exhibit(
         "figure4",
         COMMONSENSE,
-        lambda of: figure4.build(of.runs, of.left_out, of.numbers, of.chosen),
+        lambda of: figure4.build(of.runs, of.left_out, of.numbers),
         sweeps=("method=lora,moslora",),
         parts=(0.125, 0.25, 0.5, 0.75),
     ),

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .aggregate import Row, row_name, rows_of
-from .arms import RATE, Chosen, find, parts_of, settings_of, split, without
+from .arms import RATE, find, parts_of, settings_of, split, without
 from .claims import Arm, Gap, Statement
 from .commands import FULL
 from .figure5 import Figure, looks_of
 from .formats import interval, p_value, points
-from .load import REFERENCES, LeftOut, Run
+from .load import REFERENCES, LeftOut, Run, with_config
 from .paper import Claim, PaperNumbers, PaperTable
 from .paper_block import claims_text, paper_block
 from .statistics import Estimate, estimate, sign_flip
@@ -69,14 +69,12 @@ class _Curve:
         return {point.items: point for point in self.points}
 
 
-def build(
-    runs: Sequence[Run], left_out: Sequence[LeftOut], numbers: PaperNumbers, chosen: Chosen | None = None
-) -> list[Figure]:
+def build(runs: Sequence[Run], left_out: Sequence[LeftOut], numbers: PaperNumbers) -> list[Figure]:
     """A figure per scale and evaluation protocol that has runs on a part of the data, in a stable order.
 
     Args:
-        left_out: not used; the tables name the runs that are left out.
-        chosen: labels of the runs to show (:func:`analysis.arms.find`).
+        left_out: not used; the tables name these runs. The figure names those on all data whose configuration, which
+            says how many items that is, cannot be read.
     """
     figures = []
     for scale, protocol, group in by_scale_and_protocol(runs):
@@ -84,15 +82,30 @@ def build(
             continue
         tasks = tuple(column.id for column in numbers.tables["table4"].columns if column.id not in NOT_TASKS)
         group = [run for run in group if set(tasks) <= set(run.evaluations[protocol].tasks)]
-        curves = _curves(group, protocol, tasks, chosen)
+        group, unread = _with_size(group)
+        curves = _curves(group, protocol, tasks)
         if curves:
-            figures.append(_figure(scale, protocol, group, curves, full_size(group), numbers))
+            figures.append(_figure(scale, protocol, group, unread, curves, full_size(group), numbers))
     return figures
 
 
+def _with_size(runs: Sequence[Run]) -> tuple[list[Run], list[LeftOut]]:
+    """The runs, and apart those of the figure's arms on all data whose configuration cannot be read."""
+    arms = {(run.method, without(run.label, ITEMS, RATE)) for run in runs if _counts(run.label)}
+
+    def on_all_data(run: Run) -> bool:
+        return ITEMS not in settings_of(run.label) and (run.method, without(run.label, RATE)) in arms
+
+    return with_config(runs, on_all_data)
+
+
 def full_size(runs: Sequence[Run]) -> int | None:
-    """Training items of the runs that set no number of them; None where they do not agree or do not say."""
-    sizes = {_size(run) for run in runs if ITEMS not in settings_of(run.label) and run.method not in REFERENCES}
+    """Training items of the runs that set no number of them; None where they do not agree or do not say.
+
+    A run whose configuration cannot be read has no say.
+    """
+    full = [run for run in runs if ITEMS not in settings_of(run.label) and run.method not in REFERENCES]
+    sizes = {_size(run) for run in full if run.config}
     return sizes.pop() if len(sizes) == 1 else None
 
 
@@ -132,7 +145,7 @@ def _percent(items: int, full: int) -> str:
 # ------------------------------------------------------------------------------------------------------ the numbers
 
 
-def _curves(runs: Sequence[Run], protocol: str, tasks: Sequence[str], chosen: Chosen | None) -> list[_Curve]:
+def _curves(runs: Sequence[Run], protocol: str, tasks: Sequence[str]) -> list[_Curve]:
     """The arms that have runs on a part of the data, in the order of the tables."""
     rows = rows_of(runs, lambda run: run.evaluations[protocol].tasks, tasks)
     by_key = {(row.method, row.label): row for row in rows}
@@ -146,7 +159,7 @@ def _curves(runs: Sequence[Run], protocol: str, tasks: Sequence[str], chosen: Ch
         labels = {size: ",".join(sorted([*parts_of(core), f"{ITEMS}={size}"])) for size in sizes}
         if full is not None:
             labels.setdefault(full, core)
-        keys = {size: find(by_key, method, (label,), context, chosen) for size, label in sorted(labels.items())}
+        keys = {size: find(by_key, method, (label,), context) for size, label in sorted(labels.items())}
         points = tuple(
             _point(size, by_key[key], runs, protocol, tasks) for size, key in keys.items() if key is not None
         )
@@ -166,7 +179,13 @@ def _point(items: int, row: Row, runs: Sequence[Run], protocol: str, tasks: Sequ
 
 
 def _figure(
-    scale: str, protocol: str, runs: Sequence[Run], curves: Sequence[_Curve], full: int | None, numbers: PaperNumbers
+    scale: str,
+    protocol: str,
+    runs: Sequence[Run],
+    unread: Sequence[LeftOut],
+    curves: Sequence[_Curve],
+    full: int | None,
+    numbers: PaperNumbers,
 ) -> Figure:
     paper = numbers.tables["figure4"]
     title = f"{paper.title}, scale {scale}, evaluation protocol {protocol}"
@@ -175,7 +194,9 @@ def _figure(
     members = [run for run in runs if any(run.label == point.label for curve in curves for point in curve.points)]
     facts = [*_caption(curves, drawn, full), commits_fact(members)]
     parts = [heading(2, title), bullets(facts), markdown_table(_table(curves, sizes, full))]
-    parts += [bullets([f"{ONE_SEED} one seed, so no interval."])] if _single(curves) else []
+    notes = [f"{ONE_SEED} one seed, so no interval."] if _single(curves) else []
+    notes += [f"{entry.path}: {entry.reason}" for entry in unread]
+    parts += [bullets(notes)] if notes else []
     parts += _gap_section(curves, sizes, full)
     block = paper_block(paper, numbers.sources)
     parts += [heading(3, block.title), bullets(block.facts), markdown_table(block.grid), bullets(block.notes)]

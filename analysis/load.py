@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -70,6 +70,17 @@ class LeftOut:
     path: str
     scale: str
     reason: str
+
+
+def with_config(runs: Iterable[Run], needed: Callable[[Run], bool]) -> tuple[list[Run], list[LeftOut]]:
+    """The runs that a table can place, and those whose configuration is ``needed`` for that and cannot be read."""
+    placed, unread = [], []
+    for run in runs:
+        if needed(run) and not run.config:
+            unread.append(LeftOut(run.path, run.scale, "config.yaml cannot be read: not counted here"))
+        else:
+            placed.append(run)
+    return placed, unread
 
 
 def load_runs(root: Path, experiment: str, scale: str | None = None) -> tuple[list[Run], list[LeftOut]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from .aggregate import Row, rows_of
-from .arms import RATE, Chosen, at_rates, contexts, find, settings_of
+from .arms import RATE, at_rates, contexts, find, settings_of
 from .commands import joined, run
 from .load import LeftOut, Run
 from .paper import PaperNumbers, PaperTable
@@ -67,7 +67,6 @@ def build(
     runs: Sequence[Run],
     left_out: Sequence[LeftOut],
     numbers: PaperNumbers,
-    chosen: Chosen | None = None,
     *,
     beside: bool = False,
 ) -> list[Document]:
@@ -78,7 +77,6 @@ def build(
     Args:
         name: of the table in the paper's numbers.
         wanted: the rows, given the runs of a scale and protocol.
-        chosen: labels of the runs to show (:func:`analysis.arms.find`).
         beside: show the paper's average of each row beside ours.
     """
     found = []
@@ -88,7 +86,7 @@ def build(
         tasks = tuple(task for task in _titles(numbers) if task != "avg")
         group, unused = with_tasks(group, left_out, scale, protocol, tasks)
         rows = rows_of(group, lambda run, protocol=protocol: run.evaluations[protocol].tasks, tasks)
-        lines = _lines(rows, wanted(group), chosen)
+        lines = _lines(rows, wanted(group))
         if any(line.row is not None for line in lines):
             found.append(_document(name, scale, protocol, group, unused, rows, lines, numbers, beside))
     return found
@@ -100,12 +98,12 @@ def _titles(numbers: PaperNumbers) -> dict[str, str]:
     return {column.id: column.title for column in columns if column.id not in COSTS}
 
 
-def _lines(rows: Sequence[Row], wanted: Sequence[Wanted], chosen: Chosen | None) -> list[_Line]:
+def _lines(rows: Sequence[Row], wanted: Sequence[Wanted]) -> list[_Line]:
     """The wanted rows in every context that has any of them."""
     by_key = {(row.method, row.label): row for row in rows}
     lines = []
     for context in contexts(by_key):
-        keys = [find(by_key, of.method, of.labels, context, chosen) for of in wanted]
+        keys = [find(by_key, of.method, of.labels, context) for of in wanted]
         if any(keys):
             lines += [_Line(of, context, by_key.get(key)) for of, key in zip(wanted, keys, strict=True)]
     several = len({line.context for line in lines}) > 1
@@ -194,8 +192,8 @@ def _missing(
         if found := [label for of in line.wanted.labels for label in at_rates(known, of)]:
             rates = ", ".join(settings_of(label)[RATE] for label in found)
             yield (
-                f"{line.wanted.title}: run at the learning rates {rates}, of which none is chosen; the report of a "
-                "study shows the one that it chose."
+                f"{line.wanted.title}: run at the learning rates {rates}, of which none is chosen; a study "
+                "chooses one on validation items and reports it: python -m analysis.study"
             )
             continue
         arguments = " ".join([*line.context.split(","), line.wanted.arguments]).strip()

@@ -22,7 +22,6 @@ from moslora_core.errors import UserError
 from moslora_core.record import write_atomic
 
 from . import commands, html_page
-from .arms import Chosen
 from .contents import SMOKE, Contents, Found, Section, gather
 from .exhibits import experiments as all_experiments
 from .figure5 import Figure
@@ -45,7 +44,6 @@ def write_report(
     normalised: bool = False,
     comparisons: bool = True,
     subspaces: bool = False,
-    chosen: Chosen | None = None,
     studies: Sequence[Study] = (),
 ) -> tuple[Path, str]:
     """Writes every table and figure and the report that holds them; returns its path and what a terminal shows.
@@ -54,7 +52,6 @@ def write_report(
         normalised: divide every axis of a radar by its largest mean.
         comparisons: compare the methods and judge the paper's claims.
         subspaces: draw what the mixers do inside the adapters, which reads their weights.
-        chosen: (method, label) -> label of the runs that stand for it, where arms were run at several learning rates.
         studies: whose runs alone are shown of their experiment and scale, each arm at the rate chosen for it.
 
     Raises:
@@ -66,7 +63,6 @@ def write_report(
         normalised=normalised,
         comparisons=comparisons,
         subspaces=subspaces,
-        chosen=chosen,
         studies=studies,
     )
     if not any(found.runs or found.left_out for found in contents.found):

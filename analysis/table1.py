@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from . import paper_rows
-from .arms import RATE, Chosen, settings_of, split, without
+from .arms import RATE, settings_of, split, without
 from .claims import Arm, Statement
-from .load import LeftOut, Run
+from .load import LeftOut, Run, with_config
 from .paper import PaperNumbers
 from .paper_rows import Wanted
 from .task_table import Document
 
 RANKS = (8, 16)
 METHODS = {"lora": "LoRA", "two_subspaces": "Two-subspaces mixing"}
+RANK = "adapter.r"
 # Overrides of an arm that change its rank; alpha is given beside it to keep alpha / r.
-SIZE = ("adapter.r", "adapter.lora_alpha")
+SIZE = (RANK, "adapter.lora_alpha")
 
 
-def build(
-    runs: Sequence[Run], left_out: Sequence[LeftOut], numbers: PaperNumbers, chosen: Chosen | None = None
-) -> list[Document]:
+def build(runs: Sequence[Run], left_out: Sequence[LeftOut], numbers: PaperNumbers) -> list[Document]:
     """A document per scale and evaluation protocol with runs of either method at either rank, in a stable order."""
-    return paper_rows.build("table1", wanted, runs, left_out, numbers, chosen)
+    runs, unread = with_config(runs, lambda run: _sets_no_more_than_size(run) and RANK not in settings_of(run.label))
+    return paper_rows.build("table1", wanted, runs, [*left_out, *unread], numbers)
 
 
 def wanted(runs: Sequence[Run]) -> list[Wanted]:
@@ -46,11 +46,17 @@ def labels(runs: Sequence[Run]) -> dict[str, int]:
     found: dict[str, int] = {}
     for run in runs:
         label = without(split(run.label)[0], RATE)
-        if run.method in METHODS and label not in found and set(settings_of(label)) <= set(SIZE) and "~" not in label:
-            rank = settings_of(label).get("adapter.r", run.setting("adapter.r"))
+        if label not in found and _sets_no_more_than_size(run):
+            rank = settings_of(label).get(RANK, run.setting(RANK))
             if rank is not None:
                 found[label] = int(rank)
     return dict(sorted(found.items(), key=lambda item: (item[0] != "default", item)))
+
+
+def _sets_no_more_than_size(run: Run) -> bool:
+    """Of either method, the learning rate and what belongs to a whole table aside."""
+    label = without(split(run.label)[0], RATE)
+    return run.method in METHODS and set(settings_of(label)) <= set(SIZE) and "~" not in label
 
 
 def statements(runs: Sequence[Run]) -> list[Statement]:

@@ -8,7 +8,6 @@ from moslora_core import MIXER_INITS
 from moslora_core.methods import METHODS
 
 from . import paper_rows
-from .arms import Chosen
 from .load import LeftOut, Run
 from .paper import PaperNumbers
 from .paper_rows import Wanted
@@ -25,11 +24,9 @@ TITLES = {
 INITS = (*TITLES, *(name for name in MIXER_INITS if name not in TITLES))
 
 
-def build(
-    runs: Sequence[Run], left_out: Sequence[LeftOut], numbers: PaperNumbers, chosen: Chosen | None = None
-) -> list[Document]:
+def build(runs: Sequence[Run], left_out: Sequence[LeftOut], numbers: PaperNumbers) -> list[Document]:
     """A document per scale and evaluation protocol with runs of any start, in a stable order."""
-    return paper_rows.build("table3", lambda _: wanted(), runs, left_out, numbers, chosen, beside=True)
+    return paper_rows.build("table3", lambda _: wanted(), runs, left_out, numbers, beside=True)
 
 
 def wanted() -> list[Wanted]:

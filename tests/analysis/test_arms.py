@@ -5,27 +5,23 @@ from __future__ import annotations
 import pytest
 
 from analysis.arms import find, find_pair, split, without
-from analysis.claims import LORA, MOSLORA, Statement, at_chosen
 
 RATE = "training.learning_rate"
 
 
 @pytest.mark.parametrize(
-    ("labels", "chosen", "expected"),
+    ("labels", "expected"),
     [
-        (["default", f"{RATE}=0.1"], {}, "default"),
-        ([f"{RATE}=0.1"], {}, f"{RATE}=0.1"),
-        ([f"{RATE}=0.1", f"{RATE}=0.2"], {}, None),  # which of them nobody has said
-        ([f"{RATE}=0.1", f"{RATE}=0.2"], {("lora", "default"): f"{RATE}=0.2"}, f"{RATE}=0.2"),
-        (["default", f"{RATE}=0.2"], {("lora", "default"): f"{RATE}=0.2"}, f"{RATE}=0.2"),
-        (["default", f"{RATE}=0.2"], {("lora", "default"): f"{RATE}=0.3"}, None),  # chosen, and not there
-        (["adapter.r=4", f"adapter.r=4,{RATE}=0.1"], {}, None),
-        ([f"data~0123,{RATE}=0.1"], {}, None),  # a label that was cut is no list of overrides
+        (["default", f"{RATE}=0.1"], "default"),
+        ([f"{RATE}=0.1"], f"{RATE}=0.1"),
+        ([f"{RATE}=0.1", f"{RATE}=0.2"], None),  # which of them nobody has said
+        (["adapter.r=4", f"adapter.r=4,{RATE}=0.1"], None),
+        ([f"data~0123,{RATE}=0.1"], None),  # a label that was cut is no list of overrides
     ],
 )
-def test_an_arm_is_found_by_name_or_at_its_one_rate(labels, chosen, expected):
+def test_an_arm_is_found_by_name_or_at_its_one_rate(labels, expected):
     rows = [("lora", label) for label in labels] + [("moslora", "default")]
-    assert find(rows, "lora", ["default"], "", chosen) == (None if expected is None else ("lora", expected))
+    assert find(rows, "lora", ["default"]) == (None if expected is None else ("lora", expected))
 
 
 def test_an_arm_is_looked_for_in_its_context():
@@ -33,8 +29,6 @@ def test_an_arm_is_looked_for_in_its_context():
     assert find(rows, "lora", ["default"], "protocol=paper") == rows[0]
     assert find(rows, "lora", ["adapter.r=4"], "protocol=paper") == rows[1]
     assert find(rows, "lora", ["adapter.r=4"]) is None
-    chosen = {("lora", "adapter.r=4"): f"adapter.r=4,{RATE}=0.1"}
-    assert find(rows, "lora", ["adapter.r=4"], "protocol=paper", chosen) == rows[1]
 
 
 def test_a_tried_rate_and_the_default_are_no_pair():
@@ -51,10 +45,3 @@ def test_labels_are_taken_apart():
     assert without(f"adapter.r=4,{RATE}=0.1", RATE) == "adapter.r=4"
     assert without(f"{RATE}=0.1", RATE) == "default"
     assert without("cut~0123", RATE) == "cut~0123"
-
-
-def test_claims_are_about_the_chosen_runs():
-    chosen = {("lora", "default"): f"{RATE}=0.1", ("moslora", "default"): f"{RATE}=0.2"}
-    (claim,) = at_chosen([Statement("mean", "better", "Table 4", MOSLORA, LORA)], chosen)
-    assert claim.first.labels[0] == f"{RATE}=0.2" and claim.second.labels[0] == f"{RATE}=0.1"
-    assert claim.first.labels[-1] == "method.mixer_init=kaiming_uniform"

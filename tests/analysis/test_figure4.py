@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis import figure4
+from analysis import figure4, table1
 from analysis.commands import FULL
 from analysis.load import load_runs
 from analysis.paper import load_paper_numbers
@@ -24,8 +24,8 @@ def loaded(runs):
     return load_runs(runs.root, "commonsense_reasoning")[0]
 
 
-def built(runs, chosen=None):
-    return figure4.build(loaded(runs), [], NUMBERS, chosen)
+def built(runs):
+    return figure4.build(loaded(runs), [], NUMBERS)
 
 
 def add(runs, method, values, items=None, rate=None, **given):
@@ -65,7 +65,7 @@ def test_the_papers_points_are_marked_and_their_contradiction_is_shown(figure, r
     ]
     assert theirs.provenance.tolist() == ["SECONDARY", "SECONDARY"]
     assert "81.8ˢ" in figure.markdown and "contradicts the 82.8" in figure.markdown
-    curves = figure4._curves(loaded(runs), "corrected", runs.tasks, None)
+    curves = figure4._curves(loaded(runs), "corrected", runs.tasks)
     drawn = figure4.compose(curves, 2400, NUMBERS.tables["figure4"], figure4._other_full(NUMBERS))
     words = {text.get_text() for text in drawn.axes[1].texts}
     assert words >= {"LoRA 81.8ˢ", "MoSLoRA 83.6ˢ", "LoRA in Table 4 82.8ˢ"}
@@ -120,15 +120,30 @@ def test_runs_without_a_share_and_on_validation_items_make_no_figure(runs):
     assert built(runs) == []
 
 
-def test_points_are_those_of_the_chosen_rate(runs):
-    for rate, value in ((0.1, 0.2), (0.2, 0.4)):
-        add(runs, "lora", [value], 600, rate)
+def test_points_are_those_of_the_one_rate(runs):
+    add(runs, "lora", [0.2], 600, rate=0.1)
     add(runs, "lora", [0.6], rate=0.1, config=FULL_SET)
-    chosen = {("lora", "data.train_items=600"): f"data.train_items=600,{RATE}=0.2"}
-    csv = pd.read_csv(io.StringIO(built(runs, chosen)[0].csv))
-    assert csv[csv.origin == "measured"].value.tolist() == pytest.approx([40, 60])
+    csv = pd.read_csv(io.StringIO(built(runs)[0].csv))
+    assert csv[csv.origin == "measured"].value.tolist() == pytest.approx([20, 60])
+    add(runs, "lora", [0.4], 600, rate=0.2)
     csv = pd.read_csv(io.StringIO(built(runs)[0].csv))  # at 25% none of the two rates is chosen
     assert csv[csv.origin == "measured"].value.tolist() == pytest.approx([60])
+
+
+@pytest.mark.parametrize("damaged", [None, "adapter: ["])
+def test_a_run_without_a_readable_configuration_is_named_and_not_counted(runs, damaged):
+    """In the figure and in Table 1, which both ask the configuration for what the overrides do not say."""
+    config = FULL_SET + "adapter:\n  r: 8\n"
+    add(runs, "lora", [0.5, 0.5], 600)
+    add(runs, "lora", [0.6, 0.7], config=config)
+    runs.add("lora", 2, accuracies=0.1, config=damaged)
+    runs.add("dora", 2, config=damaged)  # neither shows it anyway
+    name = "commonsense_reasoning/smoke/lora/default/seed-2: config.yaml cannot be read: not counted here"
+    for (document,) in (built(runs), table1.build(loaded(runs), [], NUMBERS)):
+        assert document.markdown.count(name) == document.markdown.count("cannot be read") == 1
+        csv = pd.read_csv(io.StringIO(document.csv))
+        average = csv[(csv.origin == "measured") & (csv.column == "avg") & (csv.label == "default")]
+        assert average.value.tolist() == pytest.approx([65])
 
 
 def test_the_claims_name_shares_and_half_the_data_is_held_against_all_of_it(runs):
