@@ -6,8 +6,10 @@ of VAE is another folder, and no other code.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +94,23 @@ def _check_folder(folder: Path, without: Sequence[str], name: str) -> None:
             raise UserError(f"{name}: has no folder {part}; expected SDXL's parts: {', '.join(PARTS)}")
 
 
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """diffusers warns of every VAE that is no AutoencoderKL; here :func:`_check_parts` says what does not fit."""
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _load(load: Callable[[], Any], name: str) -> Any:
     """:func:`moslora_core.base_models.loading`, for what diffusers raises besides."""
     try:
-        return loading(load, name)
+        with _without_warnings():
+            return loading(load, name)
     except (RuntimeError, TypeError, KeyError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         detail = next((line for line in lines if "size mismatch" in line), lines[0] if lines else repr(error))

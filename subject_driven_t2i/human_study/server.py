@@ -171,8 +171,6 @@ def create_app(folder: Path, hosts: Sequence[str] | None = None) -> Flask:
 
     @app.after_request
     def same_headers(answer: Response) -> Response:
-        for name in ("ETag", "Last-Modified"):
-            answer.headers.pop(name, None)
         answer.headers.update(_HEADERS)
         return answer
 

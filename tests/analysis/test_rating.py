@@ -34,6 +34,7 @@ matrices = (
 )
 
 
+@settings(deadline=None)
 @given(matrices)
 def test_shares_count_every_vote_once(votes):
     given_votes = [vote for row in votes.tolist() for vote in row if not math.isnan(vote)]
@@ -120,6 +121,7 @@ def two_sided(first, second):
     return sum(math.comb(n, k) for k in as_far) / 2**n
 
 
+@settings(deadline=None)
 @given(matrices)
 def test_sign_tests_count_raters_or_pairs(votes):
     for by, lines in (("raters", votes.tolist()), ("pairs", votes.T.tolist())):
@@ -153,7 +155,7 @@ def krippendorff(votes):
     return None if expected == 0 else 1 - observed / expected
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(matrices)
 def test_alpha_is_krippendorffs(votes):
     found = agreement(votes)

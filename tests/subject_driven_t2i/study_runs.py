@@ -67,13 +67,14 @@ def place_run(
     }
     write_atomic(record.config_path, yaml.safe_dump(config))
     (record.path / "images").mkdir()
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("Software", f"drawn with {method}")
     rows = []
     for prompt in range(prompts):
         for index in range(images):
             file = f"images/{prompt:03d}-{index:02d}.png"
-            notes = PngImagePlugin.PngInfo()
-            notes.add_text("Software", f"drawn with {method}")
-            Image.new("RGB", size, colour(method, subject, prompt, index)).save(record.path / file, pnginfo=notes)
+            image = Image.new("RGB", size, colour(method, subject, prompt, index))
+            image.save(record.path / file, pnginfo=notes, icc_profile=f"profile of {method}".encode())
             class_prompt = TEMPLATES[prompt].format("", SUBJECTS[subject]).replace("  ", " ")
             rows.append(
                 {

@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from analysis import t2i_table
+from analysis.load import load_runs
+from analysis.paper import load_paper_numbers
 from moslora_core.drawn_images import FACTS, MANIFEST, read_scores, references
 from moslora_core.errors import UserError
 from moslora_core.methods import METHODS
 from moslora_core.prepared import write_manifest
 from moslora_core.record import RunRecord, append_jsonl, write_json
-from subject_driven_t2i import evaluate, metrics, smoke_world
+from subject_driven_t2i import evaluate, generate, metrics, smoke_world
 from subject_driven_t2i.config import (
     Config,
     DataConfig,
@@ -37,7 +40,7 @@ IMAGES_PER_PROMPT = 2
 
 
 @pytest.fixture(scope="module")
-def prepared_dir(tmp_path_factory) -> Path:
+def world_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     subjects = [
         NewSubject(subject.name, subject.class_name, False, subject.images, subject.prompts[:4])
@@ -54,7 +57,7 @@ def encoder_dirs(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def make_config(tmp_path, prepared_dir, encoder_dirs):
+def make_config(tmp_path, world_dir, encoder_dirs):
     """The configuration of a run with two images a prompt, and of tiny encoders."""
 
     def make(method: str = "moslora", evaluations=("oracle",), subject: str = "toy", **given) -> Config:
@@ -63,7 +66,7 @@ def make_config(tmp_path, prepared_dir, encoder_dirs):
             method=METHODS[method],
             scale=ScaleConfig("smoke"),
             model=ModelConfig("tiny", "nowhere"),
-            data=DataConfig(dir=str(prepared_dir), source="smoke", subject=subject, min_size=1),
+            data=DataConfig(dir=str(world_dir), source="smoke", subject=subject, min_size=1),
             generation=GenerationConfig(images_per_prompt=IMAGES_PER_PROMPT),
             evaluation=EvaluationConfig(list(evaluations), dino, clip, batch_size=3, chunk=3),
             runs_dir=str(tmp_path / "runs"),
@@ -358,6 +361,22 @@ def test_the_record_keeps_small_copies_of_the_real_images(make_config, tmp_path)
     assert [np.asarray(Image.open(path)).tobytes() for path in references(shown)] == [
         np.asarray(Image.open(path)).tobytes() for path in original
     ]
+
+
+def test_what_generate_draws_is_scored_and_tabled(config, encoder_dirs):
+    """The untrained tiny pipeline from its noise to the report: every part reads what the one before wrote."""
+    dino, clip = (EncoderConfig(str(path), None, IMAGE_SIZE, IMAGE_SIZE) for path in encoder_dirs)
+    config.method = METHODS["base"]
+    config.evaluation = EvaluationConfig(["dreambooth"], dino, clip)
+    generate.main(config)
+    evaluate.main(config)
+    settings = locate(config).results().evaluations["dreambooth"].settings
+    assert (settings["drawing"]["steps"], settings["drawing"]["seed"]) == (2, 0)
+    runs, left_out = load_runs(Path(config.runs_dir), "subject_driven_t2i")
+    assert [run.method for run in runs] == ["base"] and not left_out
+    (document,) = t2i_table.build(runs, left_out, load_paper_numbers())
+    assert "| base (no adapter) |  1† |        1 |" in document.markdown
+    assert "Subjects: rex; images of each: 6." in document.markdown
 
 
 def test_a_dry_run_touches_nothing(make_config, caplog):

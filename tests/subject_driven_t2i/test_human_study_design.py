@@ -75,6 +75,14 @@ def test_attention_checks_have_an_answer_that_is_right(paper):
             assert pair.expected == {"subject_similarity": "first"}
 
 
+def test_an_image_that_is_compared_is_no_attention_check_where_there_are_others(tmp_path):
+    place_runs(tmp_path, ["rex"])
+    for images, shared in ((1, 0), (2, 4)):  # of two images a prompt one is left over, or none
+        study = draw(tmp_path, ["rex"], prompts=10, images_per_prompt=images, checks=4).study
+        keys = {kind: [(p.prompt_index, p.index) for p in study.pairs if p.kind == kind] for kind in ("pair", "same")}
+        assert sum(key in keys["pair"] for key in keys["same"]) == shared and len(keys["same"]) == 4
+
+
 def test_one_subject_has_no_other_to_be_mistaken_for(tmp_path):
     place_runs(tmp_path, ["rex"])
     study = draw(tmp_path, ["rex"], checks=3).study
@@ -118,7 +126,7 @@ def test_files_say_nothing_of_where_they_come_from(paper):
     for path in files:
         assert path.suffix == ".png" and len(path.stem) == 32 and int(path.stem, 16) >= 0
         content = path.read_bytes()
-        assert b"lora" not in content and b"tEXt" not in content and b"eXIf" not in content
+        assert b"lora" not in content and not {b"tEXt", b"iCCP", b"eXIf"} & {content[at : at + 4] for at in range(100)}
         with Image.open(path) as image:
             assert (image.format, image.mode, image.info) == ("PNG", "RGB", {})
             assert image.size == (SIZE if path.name in of_pairs else (60, 40))
