@@ -26,6 +26,8 @@ from moslora_core.errors import UserError
 from moslora_core.record import RunRecord, find_runs, read_json, write_atomic
 
 from .load import Run, load_runs
+from .study_plan import Progress, Study, read_study
+from .study_view import study_runs
 from .subspace import (
     Angles,
     Bases,
@@ -243,8 +245,11 @@ def angles_between(traces: Sequence[Trace], runs_dir: Path) -> dict[tuple[int, i
 # ------------------------------------------------------------------------------------------------------------ command
 
 
-def write_files(runs_dir: Path) -> list[str]:
+def write_files(runs_dir: Path, studies: Sequence[Study] = ()) -> list[str]:
     """Writes the files of all runs below ``runs_dir`` that have adapters; returns what was done, in lines.
+
+    Args:
+        studies: whose runs alone are read of their experiment and scale, as their report shows them.
 
     Raises:
         UserError: there are no runs, or a file cannot be written.
@@ -252,11 +257,14 @@ def write_files(runs_dir: Path) -> list[str]:
     experiments = sorted({record.path.relative_to(runs_dir).parts[0] for record in find_runs(runs_dir)})
     if not experiments:
         raise UserError(f"no runs under {runs_dir}; expected <experiment>/<scale>/<method>/<overrides>/seed-<n>")
-    return [line for experiment in experiments for line in _write_files(runs_dir, experiment)]
+    return [line for experiment in experiments for line in _write_files(runs_dir, experiment, studies)]
 
 
-def _write_files(runs_dir: Path, experiment: str) -> list[str]:
+def _write_files(runs_dir: Path, experiment: str, studies: Sequence[Study]) -> list[str]:
     runs, refused = load_runs(runs_dir, experiment)
+    for study in studies:
+        if study.experiment == experiment:
+            runs, refused = study_runs(Progress(study, runs_dir), runs, refused)
     left_out = [f"{entry.path}: {entry.reason}" for entry in refused]
     written, pairs = 0, 0
     compared: dict[Path, list[list[Trace]]] = {}  # the runs of one setting in a list of their own
@@ -301,8 +309,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run records (default: runs)")
+    parser.add_argument("--study", type=Path, action="append", default=[], help="this study's runs alone; repeatable")
     try:
-        lines = write_files(parser.parse_args(argv).runs)
+        arguments = parser.parse_args(argv)
+        lines = write_files(arguments.runs, [read_study(path) for path in arguments.study])
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
