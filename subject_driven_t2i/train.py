@@ -253,7 +253,8 @@ def dry_run(config: Config) -> DryRun:
     arithmetic = f"{devices} devices x {training.per_device_batch_size} x {accumulated} accumulated"
     details = {
         "batch arithmetic": f"{training.global_batch_size} = {arithmetic}",
-        "training images": f"{training.resolution} x {training.resolution} pixels, {rows} rows an example",
+        "training images": f"{training.resolution} x {training.resolution} pixels"
+        + (", one of the class beside each" if training.prior_weight else ""),
         "memory": "of the UNet's training; text encoders and VAE are gone by then",
     }
     name = f"{EXPERIMENT} scale={config.scale.name} model={config.model.name} method={config.method.name}"
