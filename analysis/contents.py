@@ -109,12 +109,14 @@ def gather(
 
     The others are those of :func:`analysis.report.write_report`.
     """
-    given = {}
+    given, arms = {}, {}  # arms: the same without a study's variants, which would crowd out the methods themselves
     followed = [Progress(study, runs_dir) for study in studies if study.experiment in experiments]
     for experiment in experiments:
         runs, left_out = load_runs(runs_dir, experiment, scale) if runs_dir.is_dir() else ([], [])
+        arms[experiment] = runs
         for progress in followed:
             if progress.study.experiment == experiment:
+                arms[experiment], _ = study_runs(progress, arms[experiment], left_out, variants=False)
                 runs, left_out = study_runs(progress, runs, left_out)
         given[experiment] = Given(runs_dir, runs, left_out, numbers, normalised)
     found = [Found(experiment, of.runs, of.left_out) for experiment, of in given.items()]
@@ -129,7 +131,7 @@ def gather(
         if subspaces:
             from .subspace_figures import build as inside  # it reads the weights of the adapters
 
-            further += _parts(experiment, inside(experiment, runs_dir, of.runs, of.left_out, numbers))
+            further += _parts(experiment, inside(experiment, runs_dir, arms[experiment], of.left_out, numbers))
     by_exhibit: dict[str, list[tuple[VerdictPage, Verdict]]] = {}
     for page, verdict in _verdicts(further):
         by_exhibit.setdefault(_exhibit_of(page, verdict), []).append((page, verdict))

@@ -9,11 +9,11 @@ from pathlib import Path
 from moslora_core.record import override_label
 
 from .load import LeftOut, Run
-from .study_plan import DONE, FAILED, GRID, Progress
+from .study_plan import COMPARISON, DONE, FAILED, GRID, REFERENCES, Progress
 
 
 def study_runs(
-    progress: Progress, runs: Sequence[Run], left_out: Sequence[LeftOut]
+    progress: Progress, runs: Sequence[Run], left_out: Sequence[LeftOut], variants: bool = True
 ) -> tuple[list[Run], list[LeftOut]]:
     """The runs of a study's comparison and variants, its references, and what enters no number of its scale.
 
@@ -23,6 +23,7 @@ def study_runs(
     Args:
         runs: of the study's experiment, as :func:`analysis.load.load_runs` gives them.
         left_out: given back with the runs of this scale that are no part of the study.
+        variants: show the arms under the study's variants too.
     """
     study = progress.study
     wanted = {_path(progress.runs_dir, run): run for run in progress.runs}
@@ -32,7 +33,7 @@ def study_runs(
             found.append(run)
         elif (of := wanted.get(run.path)) is None:
             unused.append(LeftOut(run.path, run.scale, f"no part of the study {study.name}"))
-        elif of.part != GRID:
+        elif of.part != GRID and (variants or of.part in (COMPARISON, REFERENCES)):
             plain = [f"{key}={value}" for key, value in of.overrides if key != study.rates.key]
             rate = dict(of.overrides).get(study.rates.key)
             found.append(

@@ -249,7 +249,7 @@ def write_files(runs_dir: Path, studies: Sequence[Study] = ()) -> list[str]:
     """Writes the files of all runs below ``runs_dir`` that have adapters; returns what was done, in lines.
 
     Args:
-        studies: whose runs alone are read of their experiment and scale, as their report shows them.
+        studies: whose comparisons alone are read of their experiment and scale, as their report draws them.
 
     Raises:
         UserError: there are no runs, or a file cannot be written.
@@ -264,7 +264,7 @@ def _write_files(runs_dir: Path, experiment: str, studies: Sequence[Study]) -> l
     runs, refused = load_runs(runs_dir, experiment)
     for study in studies:
         if study.experiment == experiment:
-            runs, refused = study_runs(Progress(study, runs_dir), runs, refused)
+            runs, refused = study_runs(Progress(study, runs_dir), runs, refused, variants=False)
     left_out = [f"{entry.path}: {entry.reason}" for entry in refused]
     written, pairs = 0, 0
     compared: dict[Path, list[list[Trace]]] = {}  # the runs of one setting in a list of their own

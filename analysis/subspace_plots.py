@@ -184,6 +184,8 @@ def _chart(axes: Axes, chart: Chart, letter: str) -> None:
         axes.fill_between(x, low, high, color=curve.colour, alpha=0.12, linewidth=0, zorder=2)
     if chart.log:
         axes.set_yscale("log")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which("{x:g}")  # powers of ten are wide, and meet the axis' name
     axes.set(xlabel=chart.x, ylabel=f"{letter} {chart.y}")
     if chart.left is not None:
         axes.set_xlim(left=chart.left)
