@@ -208,6 +208,12 @@ def test_inattentive_raters_are_left_out_by_the_studys_rule_and_named(studies):
     assert "Rater 001:" not in page.markdown and "Rater 003:" not in page.markdown
 
 
+def test_a_rater_at_the_limit_of_the_rule_is_kept(studies):
+    half = [("001", "same", "subject_similarity", "first"), ("001", "same", "prompt_consistency", "tie")]
+    studies.add([("001", "001", "subject_similarity", "first"), *half], max_wrong=0.5)
+    assert "Rater 001: 1 of 2 attention questions wrong, kept." in studies.page().markdown
+
+
 def test_votes_on_attention_checks_are_no_votes_on_methods(studies):
     one = [("001", "001", "subject_similarity", "first")]
     studies.add(one + attentive("001"))
