@@ -134,6 +134,9 @@ class _Place:
         commands = []
         for row in rows_of(runs, lambda run: {}, ()):
             overrides = [] if row.label == "default" else row.label.split(",")
+            # A study's label has no learning rate, and its runs have one.
+            rates = {run.rate for run in runs if run.rate and (run.method, run.label) == (row.method, row.label)}
+            overrides += sorted(rates)
             words = [f"scale={self.scale} method={row.method}", *overrides, f"seed={','.join(map(str, row.seeds))}"]
             commands.append(f"python -m {self.experiment}.knock_out -m {' '.join([*words, *more])}")
         shown = "; ".join(commands[:3]) + (f"; and {len(commands) - 3} more" if len(commands) > 3 else "")

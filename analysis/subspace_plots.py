@@ -169,6 +169,8 @@ def compose_lines(charts: Sequence[Chart], columns: int) -> Figure:
 
 
 def _chart(axes: Axes, chart: Chart, letter: str) -> None:
+    from matplotlib.ticker import LogFormatter
+
     _quiet(axes)
     for curve in chart.curves:
         x, y, low, high = zip(*curve.points, strict=True)
@@ -184,8 +186,9 @@ def _chart(axes: Axes, chart: Chart, letter: str) -> None:
         axes.fill_between(x, low, high, color=curve.colour, alpha=0.12, linewidth=0, zorder=2)
     if chart.log:
         axes.set_yscale("log")
-        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            which("{x:g}")  # powers of ten are wide, and meet the axis' name
+        # Plain numbers, fewer of them over a wider range: powers of ten are wide, and meet the axis' name.
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     axes.set(xlabel=chart.x, ylabel=f"{letter} {chart.y}")
     if chart.left is not None:
         axes.set_xlim(left=chart.left)
@@ -290,6 +293,8 @@ def _dots(axes: Axes, panel: DotPanel, places: Mapping[tuple[str, str], int]) ->
     for value, name in panel.guides.items():
         part = (value - left) / (right - left)
         side = "left" if part < 0.1 else "right" if part > 0.9 else "center"
+        if len(panel.guides) == 2:  # away from one another
+            side = "right" if value == min(panel.guides) else "left"
         place = {"xycoords": ("data", "axes fraction"), "xytext": (0, 1.5), "textcoords": "offset points"}
         axes.annotate(name, (value, 1), color=GREY, fontsize=SMALL, ha=side, va="bottom", **place)
 
@@ -389,7 +394,8 @@ def _legend(figure: Figure, handles: Sequence[object]) -> float:
             handles=handles, loc="lower center", ncols=columns, handlelength=2.2, columnspacing=1.2, borderaxespad=0.2
         )
         box = legend.get_window_extent()
-        if box.width <= figure.bbox.width or columns == 1:
+        # Letters are a little wider at the size at which a picture is saved.
+        if box.width <= 0.94 * figure.bbox.width or columns == 1:
             return box.height / figure.dpi + 0.04
         legend.remove()
     return 0.0

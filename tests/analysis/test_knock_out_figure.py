@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -152,6 +153,15 @@ def test_what_is_missing_has_its_command(runs, undrawn):
     add(runs, "moslora", 1, unit="ranks", limit=20)
     text = figures(runs)["knock-out-generate-corrected-ranks-limit=20"].markdown
     assert f"Missing: {command} seed=3 evaluation.limit=20 evaluation.knock_out.unit=ranks." in text
+
+
+def test_a_studys_run_is_knocked_out_at_its_learning_rate(runs, undrawn):
+    add(runs, "lora", 1)
+    runs.add("moslora", 2)
+    found, left_out = load_runs(runs.root, "commonsense_reasoning")
+    found = [replace(run, rate="training.learning_rate=0.002") for run in found]
+    (figure,) = knock_out_figure.build("commonsense_reasoning", runs.root, found, left_out, None)
+    assert "knock_out -m scale=smoke method=moslora training.learning_rate=0.002 seed=2" in figure.markdown
 
 
 def test_the_picture_needs_no_adapters_and_is_the_same_every_time(tmp_path, monkeypatch):
