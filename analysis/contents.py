@@ -147,10 +147,16 @@ def gather(
                 numbers.tables[exhibit.id],
                 _parts(exhibit.experiment, exhibit.build(of)),
                 by_exhibit.get(exhibit.id, []),
-                {name: lines for name in dict.fromkeys(scales) if (lines := exhibit.commands(name))},
+                {name: lines for name in dict.fromkeys(scales) if (lines := _commands(exhibit, name, followed))},
             )
         )
     return Contents(numbers, found, sections, further)
+
+
+def _commands(exhibit: Exhibit, scale: str, followed: Iterable[Progress]) -> list[str]:
+    """What makes an exhibit's runs at a scale: the study that is shown of it, or the experiment's own commands."""
+    studies = [of.study for of in followed if (of.study.experiment, of.study.scale) == (exhibit.experiment, scale)]
+    return [f"python -m analysis.study {study.path.as_posix()}" for study in studies] or exhibit.commands(scale)
 
 
 def _parts(experiment: str | None, documents: Iterable[Document | Figure]) -> list[Part]:
