@@ -1,12 +1,21 @@
-"""Fixtures of every package's tests."""
+"""Fixtures of every package's tests, and how hypothesis draws: the same examples at every run.
+
+``HYPOTHESIS_PROFILE=explore pytest`` looks for others.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings
 
 from .training_runs import Killed
+
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("explore")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture

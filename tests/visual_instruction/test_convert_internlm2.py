@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -275,6 +275,8 @@ TEXTS = st.one_of(
 
 
 @settings(max_examples=300, deadline=None)
+@example(text="\r\n")
+@example(text="two\r\nlines\n\rand more\r")
 @given(text=TEXTS)
 def test_reads_text_as_sentencepiece_does(tokenizers, text):
     converted, reference = tokenizers

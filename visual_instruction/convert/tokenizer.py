@@ -114,7 +114,7 @@ def _build(model: Any, added: Mapping[int, AddedToken], path: Path) -> Tokenizer
         )
     )
     spec = model.normalizer_spec
-    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    steps = _character_map(spec.precompiled_charsmap) if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A | \z"), "")]
     if spec.add_dummy_prefix:
@@ -133,6 +133,15 @@ def _build(model: Any, added: Mapping[int, AddedToken], path: Path) -> Tokenizer
     )
     tokenizer.add_special_tokens([added[number] for number in sorted(added)])
     return tokenizer
+
+
+def _character_map(charsmap: bytes) -> list[normalizers.Normalizer]:
+    """sentencepiece's map of characters as steps of a normalizer."""
+    mapped = normalizers.Precompiled(charsmap)
+    if mapped.normalize_str("\r") != mapped.normalize_str("\n"):
+        return [mapped]
+    # sentencepiece maps either character of a line end. tokenizers looks the two up as one, and finds the first.
+    return [normalizers.Replace("\r\n", "\n\n"), mapped]
 
 
 def _merges(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
