@@ -22,6 +22,7 @@ from .paper import Claim, PaperNumbers, PaperTable
 from .paper_block import claims_text, paper_block
 from .statistics import Estimate, estimate, sign_flip
 from .style import FAINT, GREY, LOOKS, TEXT, pictures, publication
+from .table4 import NOT_TASKS
 from .tables import MISSING, ONE_SEED, Grid, bullets, csv_text, heading, markdown_table, significant
 from .task_table import by_scale_and_protocol, commits_fact
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 ITEMS = "data.train_items"
 PUBLISHED_ITEMS = FULL["commonsense_reasoning", "paper"]  # all of which are used where no number is set
 METHODS = {"lora": "LoRA", "moslora": "MoSLoRA"}  # of the paper's figure
-NOT_TASKS = ("parameters", "hours", "memory", "avg")
 CSV_FIELDS = (
     *("origin", "scale", "protocol", "method", "label", "items", "share", "column", "unit", "value", "sd", "n"),
     *("low", "high", "p_seed", "provenance", "source"),

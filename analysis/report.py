@@ -23,8 +23,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import dropwhile, takewhile
 from pathlib import Path
-from typing import NoReturn
 
+from moslora_core.arguments import Parser
 from moslora_core.errors import UserError
 from moslora_core.record import write_atomic
 
@@ -170,13 +170,8 @@ def _table(document: Document) -> str:
 # ------------------------------------------------------------------------------------------------------------ command
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m analysis.report", description="Write the tables and figures.", allow_abbrev=False)
+    parser = Parser(prog="python -m analysis.report", description="Write the tables and figures.", allow_abbrev=False)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run records (default: runs)")
     parser.add_argument("--out", type=Path, default=Path("reports"), help="folder to write to (default: reports)")
     parser.add_argument("--experiment", choices=EXPERIMENTS, help="only this experiment")

@@ -7,15 +7,14 @@ definition of the study is kept beside them, so that they can be reported as wha
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from moslora_core.arguments import Parser
 from moslora_core.errors import UserError
 from moslora_core.prepared import new_folder, sha256, write_manifest
 from moslora_core.record import RunRecord, write_atomic
@@ -79,13 +78,8 @@ def _copy(record: RunRecord, target: Path, runs: Sequence[Wanted]) -> None:
 # ------------------------------------------------------------------------------------------------------------ command
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _Parser(prog="python -m analysis.results", description="Keep a study's results.", allow_abbrev=False)
+    parser = Parser(prog="python -m analysis.results", description="Keep a study's results.", allow_abbrev=False)
     parser.add_argument("study", type=Path, help="definition of the study")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run records (default: runs)")
     parser.add_argument(

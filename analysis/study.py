@@ -25,10 +25,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO
 
 from tqdm import tqdm
 
+from moslora_core.arguments import Parser
 from moslora_core.errors import UserError
 
 from .report import write_report
@@ -132,7 +133,7 @@ class _Running:
     job: Job
     commands: list[list[str]]
     log: Path
-    process: subprocess.Popen
+    process: subprocess.Popen | None = None
 
 
 @dataclass
@@ -181,10 +182,11 @@ class Runner:
             self._running.remove(running)
             self._after(running)
         if ended or not self._running:
-            self._start(bar)
+            self._fill(bar)
         return bool(self._running)
 
-    def _start(self, bar: tqdm) -> None:
+    def _fill(self, bar: tqdm) -> None:
+        """Starts as many jobs as may run at a time."""
         progress = Progress(self.study, self.runs_dir)
         missing = progress.of_state(MISSING)
         bar.total, bar.n = len(progress.runs), len(progress.runs) - len(missing)
@@ -204,7 +206,7 @@ class Runner:
     def _launch(self, job: Job) -> None:
         first = job.runs[0]
         log = self.folder / f"{first.arm.name}-{first.part.replace(' ', '_').replace('%', 'percent')}.log"
-        self._next(_Running(job, job.commands(self.runs_dir, self.launch), log, None))
+        self._next(_Running(job, job.commands(self.runs_dir, self.launch), log))
 
     def _next(self, running: _Running) -> None:
         command = running.commands.pop(0)
@@ -224,7 +226,7 @@ class Runner:
         # A sweep ends at its first failure. The run that failed says so in its record; the others are tried again.
         trained = Job(tuple(run for run in left if run.record(self.runs_dir).is_trained()))
         if running.commands and trained.runs:
-            self._next(_Running(trained, trained.commands(self.runs_dir, ())[-1:], running.log, None))
+            self._next(_Running(trained, trained.commands(self.runs_dir, ())[-1:], running.log))
         elif len(left) == len(running.job.runs):
             reason = _last_line(running.log)
             logger.error("%s: %s (%s)", running.job.name, reason, running.log)
@@ -301,13 +303,8 @@ def _counted(states: Sequence[str] | None) -> str:
 # ------------------------------------------------------------------------------------------------------------ command
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m analysis.study", description="Run a study and report it.", allow_abbrev=False)
+    parser = Parser(prog="python -m analysis.study", description="Run a study and report it.", allow_abbrev=False)
     parser.add_argument("study", type=Path, help="definition, such as analysis/studies/commonsense_smoke.yaml")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run records (default: runs)")
     parser.add_argument("--out", type=Path, default=Path("reports"), help="folder of the report (default: reports)")

@@ -12,7 +12,6 @@ their digests: where they are there and are others, it is passed over and they a
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -20,8 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from moslora_core.arguments import Parser
 from moslora_core.errors import UserError
 from moslora_core.record import RunRecord, find_runs, read_json, write_atomic
 
@@ -297,13 +297,8 @@ def _text(content: Mapping[str, Any]) -> str:
     return "{" + ",\n".join(entries) + "}\n"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m analysis.subspace_files",
         description="Write the numbers that the subspace figures are drawn from beside the run records.",
         allow_abbrev=False,

@@ -14,19 +14,18 @@ curve of many such adapters is evaluated (:mod:`moslora_core.knock_out_curve`).
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import nn
 
 from .adapter_files import PREFIX, check_output, read_config, read_weights, write_adapter
+from .arguments import Parser
 from .errors import UserError
 from .mixer import seeded_generator
 from .subspaces import Factors, adapter_factors, rank_sizes, term_sizes
@@ -208,14 +207,9 @@ def without_terms(
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status, 2 for bad input."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m moslora_core.knock_out", description="Copy a saved adapter without some of its subspaces."
     )
     parser.add_argument("input", metavar="ADAPTER", help="folder of a saved LoRA or MoSLoRA adapter")
