@@ -191,8 +191,8 @@ SPRITES = {
     "robot": Sprite("square", "yellow", "blue"),
     "button": Sprite("circle", "purple", "cyan"),
 }
-# The subject to choose settings on: no table has it.
-RESERVED = "button"
+# The subjects to choose settings on: no table has them.
+RESERVED = ("robot", "button")
 IMAGES = 5
 _SHOWN = {
     "toy": ("white", "gray", "teal"),
