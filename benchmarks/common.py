@@ -1,0 +1,108 @@
+"""What the benchmarks share: timing side by side, a table on standard output, and the same numbers as JSON.
+
+Two ways of doing the same are timed in turn, round after round, and each round gives a ratio: what slows the machine
+down for a while slows both, and the median of the ratios is what is reported, with its quartiles as the spread.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moslora_core.record import environment, write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of a number over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    def text(self, decimals: int = 2) -> str:
+        """``0.93 (0.91 to 0.95)``."""
+        return f"{self.median:.{decimals}f} ({self.low:.{decimals}f} to {self.high:.{decimals}f})"
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Median and quartiles; a single value is all three."""
+    found = sorted(values)
+    if len(found) == 1:
+        return Spread(found[0], found[0], found[0])
+    low, median, high = statistics.quantiles(found, n=4, method="inclusive")
+    return Spread(median, low, high)
+
+
+def seconds(of: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call."""
+    begin = time.perf_counter()
+    of()
+    return time.perf_counter() - begin
+
+
+def side_by_side(ways: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each way in each round.
+
+    Every round runs each way once; the order turns from round to round, so that none is always behind another.
+
+    Args:
+        warm_up: rounds before, which are not counted.
+    """
+    names, found = list(ways), {name: [] for name in ways}
+    for turn in range(-warm_up, rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            taken = seconds(ways[name])
+            if turn >= 0:
+                found[name].append(taken)
+    return found
+
+
+def ratio(of: Sequence[float], to: Sequence[float]) -> Spread:
+    """The ratios of two ways within their rounds."""
+    return spread(one / other for one, other in zip(of, to, strict=True))
+
+
+def markdown(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table, first column to the left."""
+    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def report(
+    name: str, headers: Sequence[str], rows: Sequence[Sequence[object]], numbers: Any, out: Path | None
+) -> None:
+    """Prints the table, and writes the numbers behind it with what they were measured on.
+
+    Args:
+        name: of the benchmark.
+        numbers: what JSON can hold; dataclasses at the first level are taken apart.
+        out: the file to write.
+    """
+    sys.stdout.write(markdown(headers, rows))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, {"benchmark": name, "environment": environment(), "numbers": _plain(numbers)})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return asdict(value) if isinstance(value, Spread) else value
+
+
+def out_argument(parser: Any, name: str) -> None:
+    """Adds ``--out``, whose default is the committed file of the benchmark."""
+    default = RESULTS / f"{name}.json"
+    parser.add_argument(
+        "--out", type=Path, default=default, help=f"JSON to write (default: {default.name} in results/)"
+    )
