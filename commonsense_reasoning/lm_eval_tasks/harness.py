@@ -20,6 +20,9 @@ from lm_eval.tasks import TaskManager
 from moslora_core.errors import UserError
 from moslora_core.evaluations import assert_evaluating
 
+from .beam_search import ending_early
+from .prefill import read_prompts
+
 TASKS_DIR = Path(__file__).parent
 
 # lm-eval's own task for each benchmark, and its folder. They ask otherwise (the options' texts are scored, BoolQ comes
@@ -79,13 +82,15 @@ class CausalLM(HFLM):
 
     def _model_generate(self, context, max_length: int, stop: list[str], **generation_kwargs: Any) -> torch.Tensor:
         generation_kwargs.pop("temperature", None)  # lm-eval's 0.0 for "no sampling", which do_sample says
-        return self.model.generate(
-            input_ids=context,
-            max_length=max_length,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self._end_tokens(),
-            **generation_kwargs,
-        )
+        mask, beams = generation_kwargs.pop("attention_mask"), generation_kwargs.get("num_beams", 1)
+        with ending_early(self.model):
+            return self.model.generate(
+                **read_prompts(self.model, context, mask, beams),
+                max_length=max_length,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self._end_tokens(),
+                **generation_kwargs,
+            )
 
     def _end_tokens(self) -> list[int]:
         """The tokenizer's end token, which training teaches, and those of the base (chat models have several)."""

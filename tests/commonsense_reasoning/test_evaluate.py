@@ -181,11 +181,10 @@ def test_the_prompts_that_reach_the_model_are_whole_and_masked(protocol, make_co
         new_tokens = inputs["max_length"] - inputs["input_ids"].shape[1]
         assert new_tokens == config.protocol.max_new_tokens
         for tokens, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-            padding = int((mask == 0).sum())
-            assert mask.tolist() == [0] * padding + [1] * (len(mask) - padding), "padding at the left, masked"
-            assert tokens[:padding].tolist() == [tokenizer.pad_token_id] * padding
-            assert tokens[padding] == tokenizer.bos_token_id
-            asked.add(tokenizer.decode(tokens[padding + 1 :]))
+            assert (tokens[mask == 0] == tokenizer.pad_token_id).all() and mask[-1] == 1
+            prompt = tokens[mask == 1]
+            assert prompt[0] == tokenizer.bos_token_id
+            asked.add(tokenizer.decode(prompt[1:]))
     assert asked == {
         EVALUATE_PROMPTS[protocol](item["instruction"])
         for name in ("social_i_qa", "hellaswag")
