@@ -88,13 +88,12 @@ def ours(config: Config, tasks: Sequence[str], adapter: Path, folder: Path) -> C
     return answer
 
 
-def trained(work: Path, overrides: Sequence[str]) -> list[str]:
-    """Prepares data and trains below ``work``, unless that was done before; returns what names the run."""
+def prepared(work: Path, overrides: Sequence[str]) -> list[str]:
+    """Prepares data below ``work``, unless that was done before; returns the overrides that name a run there."""
     folders = [f"data.dir={work / 'data'}", f"model.cache_dir={work / 'models'}", f"runs_dir={work / 'runs'}"]
     named = [*overrides, *folders, "run_name=benchmark"]
     if not (work / "data").exists():
         _command("prepare_data", *named)
-    _command("train", *named, "on_finished=skip")
     return named
 
 
@@ -116,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(arguments: Any, work: Path, temporary: Path) -> int:
-    common = trained(work, ["protocol=paper", "method=moslora", *arguments.overrides])
+    common = prepared(work, ["protocol=paper", "method=moslora", *arguments.overrides])
+    _command("train", *common, "on_finished=skip")
     common.append(f"evaluation.limit={arguments.items}")
     config = configuration(common)
     tasks, adapter = evaluate.check(config), locate(config).adapter_path

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from moslora_core.errors import UserError
 from moslora_core.prepared import check_subset, read_manifest
@@ -47,6 +47,25 @@ def encode(
     truncated = len(tokens) > cutoff
     tokens, labels = tokens[kept], labels[kept]
     return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels, "truncated": truncated}
+
+
+class Collator(DataCollatorForSeq2Seq):
+    """Makes a batch of sequences, and has the model compute logits at its end alone, where the labels are.
+
+    Padding is at the left, so responses end together. Without loss on the prompt they are a few tokens of a hundred;
+    logits and softmax of all the others, over the whole vocabulary, would be thrown away.
+
+    Returns, beside what transformers' collator does: ``logits_to_keep``, one more than the longest response has
+    tokens, and ``labels`` of as many positions, ``(rows, logits_to_keep)``.
+    """
+
+    def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        batch = super().__call__(features, return_tensors)
+        labelled = (batch["labels"] != IGNORED).any(dim=0).nonzero()
+        first = max(int(labelled[0]) - 1, 0) if len(labelled) else batch["labels"].shape[1] - 1
+        batch["labels"] = batch["labels"][:, first:]
+        batch["logits_to_keep"] = batch["labels"].shape[1]
+        return batch
 
 
 def check_prepared(data: DataConfig) -> None:

@@ -18,7 +18,7 @@ from moslora_core.record import RunRecord
 from moslora_core.running import Prepared, accumulation, total_steps, train_command, training_arguments
 
 from .config import CONF_MODULE, EXPERIMENT, NOT_IN_LABEL, Config, locate
-from .data import check_prepared, load_training
+from .data import Collator, check_prepared, load_training
 from .models import architecture, load_base, load_tokenizer
 from .tasks import PUBLISHED_TRAIN_ITEMS
 
@@ -81,7 +81,8 @@ def prepare(config: Config, record: RunRecord) -> Prepared:
     # ZeRO-3 draws numbers of its own there.
     set_seed(config.seed)
     model = attach(model, config.method, method_config)
-    collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8, padding=True)
+    select = Collator if model._supports_logits_to_keep() else DataCollatorForSeq2Seq
+    collator = select(tokenizer, pad_to_multiple_of=8, padding=True)
     return Prepared(model, train_set, validation_set, collator, arguments)
 
 

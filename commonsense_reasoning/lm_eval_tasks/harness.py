@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lm_eval.tasks
@@ -21,6 +22,7 @@ from moslora_core.errors import UserError
 from moslora_core.evaluations import assert_evaluating
 
 from .beam_search import ending_early
+from .likelihoods import continuation_likelihoods
 from .prefill import read_prompts
 
 TASKS_DIR = Path(__file__).parent
@@ -74,11 +76,35 @@ class CausalLM(HFLM):
     lm-eval.
     """
 
+    _tokenised: Mapping[str, list[int]] = MappingProxyType({})
+
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        self._tokenise(request.args[0] for request in requests)
         return super().generate_until(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        pairs = [request.args for request in requests]
+        self._tokenise(text for context, label in pairs for text in (context.rstrip(), context + label))
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+
+    def _tokenise(self, texts: Iterable[str]) -> None:
+        """Tokenises all that is going to be asked for in one call: text by text it takes as long as a small model."""
+        start = self.tokenizer.bos_token
+        unique = list(dict.fromkeys(text for text in texts if not (start and text.startswith(start))))
+        special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        found = self.tokenizer(unique, **special)["input_ids"] if unique else []
+        self._tokenised = dict(zip(unique, found, strict=True))
+
+    def tok_encode(self, string: str, *arguments: Any, **settings: Any) -> list[int]:
+        if not arguments and not settings and string in self._tokenised:
+            return self._tokenised[string]
+        return super().tok_encode(string, *arguments, **settings)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        return continuation_likelihoods(self.model, pairs, self.batch_size, self.max_length)
 
     def _model_generate(self, context, max_length: int, stop: list[str], **generation_kwargs: Any) -> torch.Tensor:
         generation_kwargs.pop("temperature", None)  # lm-eval's 0.0 for "no sampling", which do_sample says

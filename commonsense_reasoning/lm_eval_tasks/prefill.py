@@ -34,12 +34,17 @@ def common_length(rows: Sequence[Sequence[int]]) -> int:
     return min(len(first), len(last))
 
 
+def keeping(model: PreTrainedModel, positions: int) -> dict[str, int]:
+    """What asks for the logits of the last positions alone, where a model can be asked for that."""
+    return {"logits_to_keep": positions} if model._supports_logits_to_keep() else {}
+
+
 @torch.inference_mode()
 def read(model: PreTrainedModel, tokens: Sequence[int], cache: DynamicCache) -> DynamicCache:
     """``cache`` after one row of tokens; an empty one where there are none."""
     if tokens:
         row = torch.tensor([tokens], device=model.device)
-        model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=row, past_key_values=cache, use_cache=True, **keeping(model, 1))
     return cache
 
 
@@ -89,7 +94,7 @@ def read_prompts(
             position_ids=positions[:, common:-1],
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            **keeping(model, 1),
         )
     cache.batch_repeat_interleave(beams)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache}

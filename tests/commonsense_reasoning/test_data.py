@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from commonsense_reasoning.config import DataConfig, ProtocolConfig
-from commonsense_reasoning.data import IGNORED, encode, load_training
+from commonsense_reasoning.data import IGNORED, Collator, encode, load_training
 from commonsense_reasoning.prompts import alpaca, published_train
 from moslora_core.errors import UserError
 
@@ -169,3 +170,35 @@ def test_a_damaged_manifest_is_named(data, tokenizer, content):
 def test_a_damaged_training_file_is_named(data, tokenizer):
     Path(data.dir, "train.json").write_text('[{"instruction": "x"}]')
     assert "train.json[0]: field 'input' is missing" in refusal(data, tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("protocol, computed", [(CORRECTED, "the responses'"), (PAPER, "all")])
+def test_a_batch_trains_as_one_with_all_logits(protocol, computed, tiny_llama_dir, tokenizer, items):
+    rows = [encode(item, tokenizer, protocol, LONG) for item in (items["boolq"][0], items["hellaswag"][2])]
+    rows = [{key: row[key] for key in ("input_ids", "attention_mask", "labels")} for row in rows]
+    full = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)(rows)
+    ours = Collator(tokenizer, pad_to_multiple_of=8)(rows)
+    assert torch.equal(ours["input_ids"], full["input_ids"])
+    longest = max(sum(label != IGNORED for label in row["labels"]) for row in rows)
+    assert ours["labels"].shape == (2, longest + 1) and ours["logits_to_keep"] == longest + 1
+    assert (longest + 1 < full["labels"].shape[1] / 2) == (computed != "all")
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    found = []
+    for batch in (full, ours):
+        output = model(**batch)
+        output.loss.backward()
+        found.append((output.loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+        model.zero_grad()
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    for name, gradient in found[0][1].items():
+        assert torch.allclose(found[1][1][name], gradient, atol=1e-6), name
+    assert any(gradient.abs().max() > 1e-3 for gradient in found[0][1].values())
+
+
+def test_a_batch_without_a_label_still_has_a_shape(tokenizer):
+    batch = Collator(tokenizer)([{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": [IGNORED] * 2}])
+    assert batch["labels"].tolist() == [[IGNORED]] and batch["logits_to_keep"] == 1

@@ -231,6 +231,26 @@ def test_lm_evals_stop_rule_is_not_asked_during_generation(make_config, trained,
     evaluation.main(config)
 
 
+@pytest.mark.parametrize("mode", ["generate", "loglikelihood"])
+def test_texts_are_tokenised_at_once_as_lm_eval_does_one_by_one(mode, fluent_llama_dir, data_dir, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(fluent_llama_dir)
+    lm = harness.wrap(AutoModelForCausalLM.from_pretrained(fluent_llama_dir).eval(), tokenizer, 8)
+    asked = {}
+    encode = harness.CausalLM.tok_encode
+
+    def spy(self, string, *arguments, **settings):
+        asked[string] = encode(self, string, *arguments, **settings)
+        return asked[string]
+
+    monkeypatch.setattr(harness.CausalLM, "tok_encode", spy)
+    monkeypatch.setattr(harness.HFLM, "tok_encode", lambda *_, **__: pytest.fail("tokenised by itself"))
+    harness.run_items(lm, harness.load_tasks(mode, "paper", ["piqa"], str(data_dir))["piqa"], [0, 1, 2])
+    monkeypatch.undo()
+    assert len(asked) >= 3
+    alone = harness.wrap(lm.model, tokenizer, 8)
+    assert asked == {text: alone.tok_encode(text) for text in asked}
+
+
 def test_all_end_tokens_of_model_and_tokenizer_end_a_response(fluent_llama_dir):
     model = AutoModelForCausalLM.from_pretrained(fluent_llama_dir)
     tokenizer = AutoTokenizer.from_pretrained(fluent_llama_dir)

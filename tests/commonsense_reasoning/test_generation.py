@@ -1,4 +1,4 @@
-"""Generation with shared prompts and an early end of the beam search, against plain ``generate`` of one prompt."""
+"""Answers with shared prompts and an early end of the beam search, against plain transformers on one prompt."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from commonsense_reasoning.lm_eval_tasks.beam_search import ending_early, may_improve
+from commonsense_reasoning.lm_eval_tasks.likelihoods import continuation_likelihoods
 from commonsense_reasoning.lm_eval_tasks.prefill import common_length, read_prompts
 
 PAD, END = 0, 1
@@ -138,3 +139,59 @@ def test_a_search_goes_on_while_a_running_beam_may_win_at_the_greatest_length():
     assert may_improve(torch.tensor([[-3.0]]), torch.tensor([[-1e9]]), 8, 4, 1.0).tolist() == [[True]], "none complete"
     # the shortest hypothesis has the best chance where length is punished
     assert may_improve(running, torch.tensor([[-3.1]]), 9, 4, -1.0).tolist() == [[True]]
+
+
+# --------------------------------------------------------------------------------------------------------- likelihoods
+
+
+def pairs_of(prompts: list[list[int]]) -> list[tuple[list[int], list[int]]]:
+    """Options of one and of two tokens after each prompt; the latter differ in the second."""
+    return [(row, option) for row in prompts for option in ([4], [6], [9, 3], [9, 8], [5, 2])]
+
+
+def likelihoods_alone(model, pairs, max_length: int) -> list[tuple[float, bool]]:
+    found = []
+    for context, continuation in pairs:
+        tokens = torch.tensor([(context + continuation)[-(max_length + 1) :]])
+        with torch.no_grad():
+            logs = model(tokens).logits[0, :-1].log_softmax(-1)[-len(continuation) :]
+        scores = [row[token].item() for row, token in zip(logs, continuation, strict=True)]
+        found.append((sum(scores), logs.argmax(-1).tolist() == continuation))
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+@pytest.mark.parametrize("max_length", [100, 9])
+@pytest.mark.parametrize("chosen", [slice(None), slice(0, 1), slice(7, 8)])
+def test_likelihoods_are_those_of_each_pair_alone(batch_size, max_length, chosen, model, prompts):
+    pairs = pairs_of(prompts[chosen])
+    found = continuation_likelihoods(model, pairs, batch_size, max_length)
+    expected = likelihoods_alone(model, pairs, max_length)
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    if len(pairs) > 50:
+        assert len({greedy for _, greedy in found}) == 2
+
+
+def test_likelihoods_of_a_model_that_shares_no_cache(prompts):
+    model = tiny(MistralForCausalLM, MistralConfig, sliding_window=4)
+    pairs = pairs_of(prompts)
+    expected = [score for score, _ in likelihoods_alone(model, pairs, 100)]
+    assert [score for score, _ in continuation_likelihoods(model, pairs, 8, 100)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_options_that_differ_in_their_last_token_are_one_row(model, prompts, rows_read, monkeypatch):
+    pairs = pairs_of(prompts)
+    distinct = len({tuple(context + continuation[:-1]) for context, continuation in pairs})
+    assert distinct < 0.65 * len(pairs)
+    continuation_likelihoods(model, pairs, 1000, 100)
+    longest = max(map(len, prompts)) + 1
+    assert rows_read == [(1, 5), (distinct, longest - 5)]
+
+
+def test_logits_of_the_questions_are_not_computed(model, prompts, monkeypatch):
+    kept, head = [], type(model.lm_head).forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: kept.append(x.shape[1]) or head(model.lm_head, x))
+    same_length = [row for row in prompts if len(row) == 12]
+    continuation_likelihoods(model, [(row, [4]) for row in same_length], 100, 100)
+    assert kept == [1, 1], "of the common beginning, and of each row"
