@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from torch.nn.utils.rnn import pad_sequence
 
 from moslora_core.errors import UserError
 from moslora_core.evaluations import assert_evaluating
@@ -99,6 +101,18 @@ class CausalLM(HFLM):
         if not arguments and not settings and string in self._tokenised:
             return self._tokenised[string]
         return super().tok_encode(string, *arguments, **settings)
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **settings: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = [torch.tensor(self._tokenised[text]) for text in strings if text in self._tokenised]
+        if len(rows) < len(strings) or max(map(len, rows)) > (left_truncate_len or math.inf):
+            return super().tok_batch_encode(strings, padding_side, left_truncate_len, **settings)
+        ids, mask = (
+            pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=padding_side)
+            for tensors, value in ((rows, self.tokenizer.pad_token_id), ([torch.ones_like(row) for row in rows], 0))
+        )
+        return ids, mask
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any

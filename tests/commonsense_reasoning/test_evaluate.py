@@ -249,6 +249,10 @@ def test_texts_are_tokenised_at_once_as_lm_eval_does_one_by_one(mode, fluent_lla
     assert len(asked) >= 3
     alone = harness.wrap(lm.model, tokenizer, 8)
     assert asked == {text: alone.tok_encode(text) for text in asked}
+    for limit in (None, 1000, 20):
+        expected = alone.tok_batch_encode(list(asked), left_truncate_len=limit)
+        for found, tensor in zip(lm.tok_batch_encode(list(asked), left_truncate_len=limit), expected, strict=True):
+            assert torch.equal(found, tensor)
 
 
 def test_all_end_tokens_of_model_and_tokenizer_end_a_response(fluent_llama_dir):
