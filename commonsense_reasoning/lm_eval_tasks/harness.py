@@ -76,6 +76,9 @@ class CausalLM(HFLM):
     search the rows are hypotheses, so that rule ends a search early, depending on what else is in the batch. Here
     transformers' own rule ends it: at the end token, for every hypothesis. Stop texts are cut off afterwards, by
     lm-eval.
+
+    Nothing is computed twice that rows have in common, and no text is tokenised twice: requests are taken whole, their
+    texts at once. The answers are those of each request alone.
     """
 
     _tokenised: Mapping[str, list[int]] = MappingProxyType({})
