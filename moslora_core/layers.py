@@ -35,11 +35,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from .config import MixerSetting
 from .errors import UserError
+from .fused import fused_linear
 from .mixer import fold_into_a, fold_into_b, init_mixer, seeded_generator
-from .peft_seam import LORA_LAYERS, REFUSED_LAYERS, Embedding, LoraLayer, MultiheadAttention, layer_kind
+from .peft_seam import LORA_LAYERS, REFUSED_LAYERS, Embedding, Linear, LoraLayer, MultiheadAttention, layer_kind
 
 # ---------------------------------------------------------------------------------- linear layers and convolutions
 
@@ -88,6 +91,84 @@ class MixedConv3dA(_MixedIntoA, nn.Conv3d):
 
 _MIXED_B = {nn.Linear: MixedLinear, nn.Conv1d: MixedConv1d, nn.Conv2d: MixedConv2d, nn.Conv3d: MixedConv3d}
 _MIXED_A = {nn.Conv1d: MixedConv1dA, nn.Conv2d: MixedConv2dA, nn.Conv3d: MixedConv3dA}
+
+
+# --------------------------------------------------------------------------------------------------- training faster
+
+# What autocast casts; it leaves float64 alone.
+_AUTOCAST = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class FusedLinear(Linear):
+    """PEFT's LoRA layer of an ``nn.Linear``, which trains an adapter with a mixer by :func:`~.fused.fused_linear`.
+
+    Everything else goes PEFT's way.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        name = None if args or kwargs else self.fusable_adapter(x)
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        base, A, B, dropout = self._parts(name)
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return fused_linear(x, base.weight, base.bias, A.weight, B.raw, B.mixer, scaling=self.scaling[name], p=p)
+
+    def _parts(self, name: str) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        return self.base_layer, self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+
+    def fusable_adapter(self, x: torch.Tensor) -> str | None:
+        """The adapter with which the layer computes what ``fused_linear`` does, and nothing else; or None.
+
+        None in evaluation, where a folded adapter is to give the same bits; without an active adapter or with several;
+        for one that has no mixer, a bias, or a variant of LoRA such as DoRA; if the base trains, or is more than an
+        ``nn.Linear``; if a part has hooks, a ``forward`` of its own or parameters that live elsewhere (ZeRO-3, FSDP,
+        offloading); for mixed dtypes outside autocast; and under compilers and transforms of functions, which look
+        into PEFT's operations.
+        """
+        if not self.training or self.disable_adapters or self.merged or self.lora_variant:
+            return None
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if len(names) != 1 or self.lora_bias[names[0]] or _transformed() or _has_any_global_hook():
+            return None
+        base, A, B, dropout = parts = self._parts(names[0])
+        if not torch.is_grad_enabled() and not getattr(dropout, "p", 0.0):
+            # Inference. With dropout it may be checkpointing's first pass, whose second has to draw the same mask.
+            return None
+        if type(base) is not nn.Linear or type(A) is not nn.Linear or type(B) is not MixedLinear:
+            return None
+        if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1:
+            return None
+        frozen = [base.weight] if base.bias is None else [base.weight, base.bias]
+        if any(tensor.requires_grad for tensor in frozen) or not all(map(_is_bare, parts)):
+            return None
+        return names[0] if _agree([x, A.weight, B.raw, B.mixer, *frozen]) else None
+
+
+def _transformed() -> bool:
+    """Whether something looks at the operations themselves: a compiler, or a transform of functions."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether calling a module is no more than its class's ``forward``."""
+    return "forward" not in module.__dict__ and not any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def _agree(tensors: list[torch.Tensor]) -> bool:
+    """Whether the tensors are whole, in one place, and of dtypes that meet in one."""
+    x = tensors[0]
+    if any(type(tensor) not in (torch.Tensor, nn.Parameter) or hasattr(tensor, "ds_id") for tensor in tensors[1:]):
+        return False
+    dtypes = {tensor.dtype for tensor in tensors}
+    if not (dtypes <= _AUTOCAST if torch.is_autocast_enabled(x.device.type) else len(dtypes) == 1):
+        return False
+    return x.is_floating_point() and all(tensor.device == x.device for tensor in tensors)
 
 
 # ------------------------------------------------------------------------------------------------------- embeddings
@@ -202,6 +283,8 @@ def attach_mixer(layer: LoraLayer, adapter_name: str, setting: MixerSetting, mod
     grouped = getattr(layer.lora_B[adapter_name], "groups", 1) > 1
     host, mixed = (layer.lora_A, _MIXED_A) if grouped else (layer.lora_B, _MIXED_B)
     _attach_to_module(host[adapter_name], mixed, layer.r[adapter_name], setting, module_name)
+    if type(layer) is Linear and type(layer.base_layer) is nn.Linear:
+        layer.__class__ = FusedLinear
     if isinstance(layer, MultiheadAttention):
         # PEFT's layer adapts the input projection itself, and the output projection by a layer of its own, whose rank
         # and alpha are the layer's; so is the mixer.
@@ -215,7 +298,7 @@ def check_layer(layer: LoraLayer, module_name: str) -> None:
         UserError: see above.
     """
     kind = layer_kind(layer)
-    if kind in LORA_LAYERS or isinstance(layer, MixedEmbedding):
+    if kind in LORA_LAYERS or isinstance(layer, FusedLinear | MixedEmbedding):
         return
     reason = REFUSED_LAYERS.get(kind, "whether all of its code goes through lora_A and lora_B is not known")
     raise UserError(

@@ -19,6 +19,8 @@ PEFT promises stability for its public functions only. What is used beyond them:
     LoraLayer.set_adapter, set_requires_grad    toggle the gradients of ``items()`` of these attributes
     Embedding.forward, _mixed_batch_forward,    read ``self.lora_embedding_B`` and call nothing through ``super()``
       get_delta_weight
+    Linear.forward                              in training computes base_layer(x) + scaling lora_B(lora_A(dropout(x)))
+                                                unless an attribute says otherwise that FusedLinear looks at
     MultiheadAttention.base_layer.out_proj      is a LoRA layer of its own inside the layer
     the layers of LORA_LAYERS                   read ``lora_B[adapter].weight`` or call ``lora_B[adapter](x)``, and
                                                 never write to either after creation
@@ -58,9 +60,9 @@ from peft.mapping import (  # noqa: E402
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.lora.layer import Embedding, LoraLayer, MultiheadAttention  # noqa: E402
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, MultiheadAttention  # noqa: E402
 
-__all__ = ["LORA_LAYERS", "MOSLORA", "Embedding", "LoraLayer", "LoraModel", "MultiheadAttention", "register"]
+__all__ = ["LORA_LAYERS", "MOSLORA", "Embedding", "Linear", "LoraLayer", "LoraModel", "MultiheadAttention", "register"]
 
 # LoRA layers that work with a mixer, by module below ``peft.tuners.lora`` and class. By name, because most of them are
 # defined only where their quantisation library is installed.

@@ -310,7 +310,10 @@ def test_committed_base_passes_the_gate_as_reported(base, report) -> None:
 def test_committed_base_does_not_know_the_subjects_yet(base) -> None:
     """What DreamBooth is measured by: before it, backgrounds are followed and subjects appear by chance at most."""
     asked = [
-        (subject, template) for subject in subjects() if subject.name not in RESERVED for template in subject.prompts[:6]
+        (subject, template)
+        for subject in subjects()
+        if subject.name not in RESERVED
+        for template in subject.prompts[:6]
     ]
     found: Counter[str] = Counter()
     pictures = generate(base, [template.format(TOKEN, subject.class_name) for subject, template in asked])
