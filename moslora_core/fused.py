@@ -85,6 +85,13 @@ def keep_mask(x: torch.Tensor, p: float) -> tuple[torch.Tensor | None, float]:
     return mask.view(x.shape), kept / 2**16
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast is computing in on a device; None where it is off, as on the meta device."""
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 def _dropped(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return x if mask is None else x * mask
 
@@ -115,8 +122,7 @@ def fused_linear(
     Returns:
         (.., out), in the common dtype or, under autocast, in autocast's.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if (dtype := autocast_dtype(x.device)) is not None:
         x, W, A, B, M = (tensor.to(dtype) for tensor in (x, W, A, B, M))
         bias = None if bias is None else bias.to(dtype)
     out = _Fused.apply(x.reshape(-1, x.shape[-1]), W, bias, A, B, M, scaling, p)

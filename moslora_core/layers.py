@@ -40,7 +40,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .config import MixerSetting
 from .errors import UserError
-from .fused import fused_linear
+from .fused import autocast_dtype, fused_linear
 from .mixer import fold_into_a, fold_into_b, init_mixer, seeded_generator
 from .peft_seam import LORA_LAYERS, REFUSED_LAYERS, Embedding, Linear, LoraLayer, MultiheadAttention, layer_kind
 
@@ -166,7 +166,7 @@ def _agree(tensors: list[torch.Tensor]) -> bool:
     if any(type(tensor) not in (torch.Tensor, nn.Parameter) or hasattr(tensor, "ds_id") for tensor in tensors[1:]):
         return False
     dtypes = {tensor.dtype for tensor in tensors}
-    if not (dtypes <= _AUTOCAST if torch.is_autocast_enabled(x.device.type) else len(dtypes) == 1):
+    if not (len(dtypes) == 1 if autocast_dtype(x.device) is None else dtypes <= _AUTOCAST):
         return False
     return x.is_floating_point() and all(tensor.device == x.device for tensor in tensors)
 

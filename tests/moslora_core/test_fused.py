@@ -40,7 +40,7 @@ def batch(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 def gradients(y: torch.Tensor, x: torch.Tensor, model: nn.Module) -> dict[str, torch.Tensor]:
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
     found = torch.autograd.grad((y * weight).sum(), [x, *named.values()])
     return dict(zip(["x", *named], found, strict=True))
 
@@ -259,3 +259,11 @@ def test_convolutions_and_conv1d_keep_pefts_class():
     kinds = [type(module).__name__ for module in model.modules() if hasattr(module, "lora_A")]
     assert kinds == ["Conv2d", "FusedLinear"]
     assert isinstance(copy.deepcopy(model).base_model.model[1], FusedLinear)
+
+
+def test_shapes_on_the_meta_device():
+    model, layer = adapted(torch.float32, lora_dropout=0.5)
+    model.to("meta")
+    x = torch.empty(2, IN, device="meta", requires_grad=True)
+    assert layer.fusable_adapter(x) == "default"
+    assert layer(x).shape == (2, OUT) and gradients(layer(x), x, model)["x"].shape == (2, IN)
