@@ -64,6 +64,7 @@ def is_done(record: RunRecord, name: str, on_finished: str) -> bool:
     check_on_finished(on_finished)
     if on_finished == "overwrite" or name not in record.results().evaluations:
         return False
+    record.settle(STAGE, leftovers=[record.partial_predictions_path(name)])
     if on_finished == "refuse":
         raise UserError(
             f"{record.path} has the evaluation {name} already; on_finished=skip keeps it, on_finished=overwrite "

@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 STATES = ("running", "finished", "failed")
+INTERRUPTED = "interrupted"  # the reason of a stage that somebody stopped
 _KEPT = re.compile(r"step-(\d+)")
 _PACKAGES = (
     "torch",
@@ -223,6 +224,20 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
+def sync(folder: Path) -> None:
+    """Writes the files below ``folder`` out to the disk, those that libraries wrote without doing so.
+
+    Raises:
+        UserError: one that cannot be written.
+    """
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        try:
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
 def _json(path: Path, value: Any, indent: int | None = None) -> str:
     """``value`` as JSON and a newline; NaN and infinities, which JSON lacks, are refused by their key."""
     try:
@@ -280,11 +295,14 @@ def read_log(path: Path) -> bytes:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, keys: Iterable[str] = ()) -> list[dict[str, Any]]:
     """Reads a log written by :func:`append_jsonl`; a last line without its newline was torn by a kill and is dropped.
 
+    Args:
+        keys: what every line must have.
+
     Raises:
-        UserError: if any other line is not a JSON object.
+        UserError: if any other line is not a JSON object, or lacks a key.
     """
     lines = read_log(path).split(b"\n")  # bytes: a line may be torn inside a character
     rows = []
@@ -296,13 +314,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             found = line[:60].decode("utf-8", errors="replace")
             raise UserError(f"{path} line {number} is damaged: expected a JSON object, found {found!r}")
+        for key in keys:
+            if key not in row:
+                raise UserError(f"{path} line {number} is damaged: it has no {key!r}; found {', '.join(row)}")
         rows.append(row)
     return rows
 
 
-def repair_jsonl(path: Path, keep=lambda row: True) -> list[dict[str, Any]]:
+def repair_jsonl(path: Path, keep=lambda row: True, keys: Iterable[str] = ()) -> list[dict[str, Any]]:
     """Rewrites a log without a torn last line and without rows that ``keep`` refuses; returns the rows left."""
-    rows = [row for row in read_jsonl(path) if keep(row)] if path.exists() else []
+    rows = [row for row in read_jsonl(path, keys) if keep(row)] if path.exists() else []
     write_atomic(path, "".join(_json(path, row) for row in rows))
     return rows
 
@@ -377,6 +398,10 @@ def _knock_out(path: Path) -> KnockOut:
 
 
 # ------------------------------------------------------------------------------------------------------------ record
+
+
+class InUse(UserError):
+    """Another process holds a run's folder."""
 
 
 def override_label(overrides: Iterable[str]) -> str:
@@ -547,6 +572,31 @@ class RunRecord:
         Raises:
             UserError: if the folder cannot be written, or another process holds it.
         """
+        with self._locked() as lock:
+            if fresh:
+                self._clear(keep=lock)
+            self.set_status("running", name)
+            self._note_environment(name, start=True)
+            try:
+                yield
+            except BaseException as error:
+                interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+                reason = INTERRUPTED if interrupted else f"{type(error).__name__}: {error}"
+                try:
+                    self.set_status("failed", name, reason.splitlines()[0] if reason else None)
+                except UserError as unwritten:  # a full disk, which must not hide what went wrong
+                    logger.warning("%s", unwritten)
+                raise
+            self._note_environment(name, start=False)
+            self.set_status("finished", name)
+
+    @contextmanager
+    def _locked(self) -> Iterator[Path]:
+        """Holds the folder against other processes; a killed one holds nothing. Gives the lock's file.
+
+        Raises:
+            UserError: if the folder cannot be written, or another process holds it.
+        """
         from filelock import FileLock, Timeout
 
         try:
@@ -554,25 +604,31 @@ class RunRecord:
             lock = FileLock(self.path / ".lock", timeout=0)
             lock.acquire()
         except Timeout:
-            raise UserError(f"run folder {self.path} is in use by another process; wait for it or stop it") from None
+            raise InUse(f"run folder {self.path} is in use by another process; wait for it or stop it") from None
         except OSError as error:
             raise UserError(f"cannot write run folder {self.path}: {error.strerror}") from None
         try:
-            if fresh:
-                self._clear(keep=Path(lock.lock_file))
-            self.set_status("running", name)
-            self._note_environment(name, start=True)
-            try:
-                yield
-            except BaseException as error:
-                interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-                reason = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
-                self.set_status("failed", name, reason.splitlines()[0] if reason else None)
-                raise
-            self._note_environment(name, start=False)
-            self.set_status("finished", name)
+            yield Path(lock.lock_file)
         finally:
             lock.release()
+
+    def settle(self, stage: str, leftovers: Iterable[Path] = ()) -> None:
+        """Marks a stage as finished whose process was killed between its results and its end.
+
+        Args:
+            leftovers: files and folders that the stage would have removed.
+        """
+        status = self.status()
+        if status is None or status.stage != stage or status.state == "finished":
+            return
+        try:
+            with self._locked():
+                for path in leftovers:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                self._note_environment(stage, start=False)
+                self.set_status("finished", stage)
+        except InUse:  # it is at its end, and does so itself
+            return
 
     def _clear(self, keep: Path) -> None:
         for path in self.path.iterdir():
@@ -584,10 +640,12 @@ class RunRecord:
     def _note_environment(self, stage: str, start: bool) -> None:
         path = self.path / "environment.json"
         stages = read_json(path) if path.exists() else {}
+        if not isinstance(stages, dict) or not isinstance(stages.get(stage, {}), dict):
+            raise UserError(f"{path} is damaged: expected an object of stages; remove it to go on")
         if start:
             stages[stage] = {**environment(), "start": _now(), "end": None}
         else:
-            stages[stage]["end"] = _now()
+            stages.setdefault(stage, {})["end"] = _now()
         write_json(path, stages)
 
 

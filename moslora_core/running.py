@@ -25,6 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from . import launch
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from .checkpoints import Sealing, damage, newest_whole, writing
 from .count import accumulation_steps, optimiser_steps
 from .errors import UserError
 from .methods import MethodConfig
@@ -36,8 +37,10 @@ from .record import (
     peak_memory,
     read_json,
     repair_jsonl,
+    sync,
     write_atomic,
 )
+from .sharding import CheckSharding
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,7 @@ class TrainingConfig:
         group_by_length: batches of examples of similar length.
         eval_steps: steps between validations; null for none.
         save_steps: steps between resumable checkpoints; null for none.
+        save_total_limit: checkpoints that are kept, the newest ones, and the best beside them under ``load_best``.
         keep_steps: steps between copies of the adapter that are kept with the run (``adapters/step-<n>/``), and one of
             the start (``step-0``); null keeps none.
         load_best: keep the checkpoint of lowest validation loss instead of the last.
@@ -207,8 +211,16 @@ def training_arguments(
         raise UserError(f"training.learning_rate must be positive, found {training.learning_rate}")
     if training.keep_steps is not None and training.keep_steps < 1:
         raise UserError(f"training.keep_steps must be positive or null, found {training.keep_steps}")
+    if training.save_total_limit < 1:
+        raise UserError(f"training.save_total_limit must be positive, found {training.save_total_limit}")
     if training.load_best and (not validates or training.eval_steps is None or training.save_steps is None):
         raise UserError("training.load_best needs data.validation_items, training.eval_steps and training.save_steps")
+    deepspeed = _deepspeed(training.deepspeed)
+    if deepspeed is not None and "RANK" not in os.environ:
+        raise UserError(
+            f"training.deepspeed={training.deepspeed} needs a launcher, also for one process; start it with "
+            "torchrun --nproc_per_node <processes> -m <module>"
+        )
     evaluates = validates and training.eval_steps is not None
     settings = {
         "output_dir": str(record.checkpoints_path),
@@ -228,14 +240,13 @@ def training_arguments(
         "eval_steps": training.eval_steps if evaluates else None,
         "save_strategy": "no" if training.save_steps is None else "steps",
         "save_steps": training.save_steps or 500,
-        "save_total_limit": training.save_total_limit,
         "logging_nan_inf_filter": False,  # it would log a diverged training as one without loss
         "load_best_model_at_end": training.load_best,
         "metric_for_best_model": "loss" if training.load_best else None,
         "gradient_checkpointing": gradient_checkpointing,
         "disable_tqdm": not sys.stderr.isatty(),
         "include_num_input_tokens_seen": "non_padding",
-        "deepspeed": _deepspeed(training.deepspeed),
+        "deepspeed": deepspeed,
         "report_to": [],
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -365,21 +376,19 @@ class Prepared:
 
 
 def resume_point(record: RunRecord) -> str | None:
-    """Last complete checkpoint of a stopped run; the log and the kept adapters are cut back to it."""
-    # Trainer writes its state last: a checkpoint without it was being written when the run was killed. It stays where
-    # it is, since other processes may be looking too, until the resumed training writes it again.
-    complete = {
-        int(state.parent.name.rsplit("-", 1)[1]): state.parent
-        for state in record.checkpoints_path.glob("checkpoint-*/trainer_state.json")
-        if state.stat().st_size
-    }
-    step = max(complete, default=0)
+    """Last whole checkpoint of a stopped run; the log and the kept adapters are cut back to it.
+
+    Raises:
+        UserError: it is of another number of processes, or the log is damaged.
+    """
+    checkpoint = newest_whole(record.checkpoints_path, world_size())
+    step = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
     if is_main_process():
-        repair_jsonl(record.metrics_path, keep=lambda row: row["step"] <= step)
+        repair_jsonl(record.metrics_path, keep=lambda row: row["step"] <= step, keys=("step", "seconds"))
         for kept, folder in record.kept_adapters().items():
             if kept > step:
                 shutil.rmtree(folder)
-    return str(complete[step]) if complete else None
+    return None if checkpoint is None else str(checkpoint)
 
 
 def _save_adapter(trainer: Trainer, record: RunRecord, folder: Path, bare: bool = False) -> None:
@@ -395,6 +404,7 @@ def _save_adapter(trainer: Trainer, record: RunRecord, folder: Path, bare: bool 
         for path in list(temporary.iterdir()) if bare else ():
             if path.name not in (CONFIG_NAME, WEIGHTS_NAME):
                 path.unlink()
+        sync(temporary)
         if folder.exists():
             shutil.rmtree(folder)
         folder.parent.mkdir(exist_ok=True)
@@ -452,11 +462,17 @@ def fit(method: MethodConfig, training: TrainingConfig, record: RunRecord, prepa
             _save_adapter(trainer, record, record.kept_adapter_path(step), bare=True)
 
         trainer.add_callback(AdapterCopies(training.keep_steps, keep))
-    output = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.add_callback(CheckSharding(trainer, zero_stage(training)))
+    trainer.add_callback(Sealing(record.checkpoints_path, training.save_total_limit, world_size()))
+    with writing(record.path):
+        output = trainer.train(resume_from_checkpoint=checkpoint)
+    if training.load_best and (best := trainer.state.best_model_checkpoint) and (wrong := damage(Path(best))):
+        raise UserError(f"the checkpoint of the lowest validation loss cannot be used: {wrong}; train the run again")
     if not math.isfinite(output.training_loss):  # steps after the last logged one
         raise _diverged(output.global_step, "loss", output.training_loss)
     memory, kind = peak_memory()
-    _save_adapter(trainer, record, record.adapter_path)
+    with writing(record.path):
+        _save_adapter(trainer, record, record.adapter_path)
     if prepared.finish is not None and is_main_process():
         prepared.finish()
     rows = record.metrics()
@@ -487,6 +503,8 @@ def _is_done(record: RunRecord, on_finished: str) -> bool:
     check_on_finished(on_finished)
     if not record.is_trained():
         return False
+    if on_finished != "overwrite":
+        record.settle(STAGE, leftovers=[record.checkpoints_path])
     if on_finished == "skip":
         logger.info("already trained: %s", record.path)
         return True

@@ -91,6 +91,7 @@ def _is_done(record: RunRecord, expected: str, wanted: Sequence[Request], on_fin
     rows = read_jsonl(record.path / MANIFEST) if (record.path / MANIFEST).exists() else []
     if sum(_whole(record, row) for row in rows) < len(wanted):
         return False
+    record.settle(STAGE)
     if on_finished == "refuse":
         raise UserError(
             f"{record.path} has its images already; on_finished=skip keeps them, on_finished=overwrite replaces them"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import resource
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from commonsense_reasoning.data import load_training
 from commonsense_reasoning.train import locate, main
 from moslora_core import launch
 from moslora_core.base_models import resolve_path
+from moslora_core.checkpoints import SEAL, Sealing, damage
 from moslora_core.errors import UserError
 from moslora_core.methods import METHODS, AdapterConfig, peft_config
 from moslora_core.record import read_json
@@ -198,18 +200,103 @@ def test_a_killed_run_resumes_to_the_same_adapter(config, tmp_path, kill_at, met
     assert record.status().state == "finished" and not record.checkpoints_path.exists()
 
 
-def test_a_checkpoint_cut_off_while_it_was_written_is_not_resumed(config, tmp_path, kill_at):
+def test_an_unfinished_or_damaged_checkpoint_is_not_resumed(config, tmp_path, kill_at, caplog):
     undisturbed = having(config, runs_dir=str(tmp_path / "undisturbed"), training__save_steps=1)
     main(undisturbed)
     config = having(config, training__save_steps=1)
     kill_at(3)
     with pytest.raises(Killed):
         main(config)
-    (locate(config).checkpoints_path / "checkpoint-3" / "trainer_state.json").unlink()
-    (locate(config).checkpoints_path / "checkpoint-2" / "trainer_state.json").write_text("")
+    folder = locate(config).checkpoints_path
+    (folder / "checkpoint-3" / SEAL).unlink()  # killed before it was whole
+    weights = folder / "checkpoint-2" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # the lowest bit of an exponent: loads, and trains on from something else
+    weights.write_bytes(content)
+    main(config)
+    assert f"{weights} is damaged" in caplog.text
+    assert same(adapter_of(config), adapter_of(undisturbed))
+    assert log_of(config) == log_of(undisturbed)
+
+
+def test_a_damaged_best_checkpoint_is_not_taken_for_the_best(config, monkeypatch):
+    config = having(config, data__validation_items=4, training__eval_steps=1, training__save_steps=1)
+    config = having(config, training__load_best=True, training__max_steps=2)
+    config = having(config, training__learning_rate=0.3, training__lr_scheduler="constant")
+    original = Sealing.on_save
+
+    def damaged_later(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == 2:
+            with open(self.folder / "checkpoint-1" / "optimizer.pt", "ab") as file:
+                file.write(b"x")
+
+    monkeypatch.setattr(Sealing, "on_save", damaged_later)
+    message = refusal(config)
+    assert "the checkpoint of the lowest validation loss cannot be used: " in message and "checkpoint-1/" in message
+    assert not locate(config).is_trained()
+
+
+@pytest.mark.parametrize("what", ["adapter_model.safetensors", "optimizer.pt"])
+def test_a_full_disk_is_told_in_a_line_and_costs_nothing_but_time(config, tmp_path, monkeypatch, what):
+    """A limit on the size of files stands for the disk: the second checkpoint meets it."""
+    undisturbed = having(config, runs_dir=str(tmp_path / "undisturbed"), training__save_steps=1)
+    config = having(config, training__save_steps=1)
+    main(undisturbed)
+    original, limits = Sealing.on_save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full_later(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        size = (self.folder / f"checkpoint-{state.global_step}" / what).stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sealing, "on_save", full_later)
+        try:
+            message = refusal(config)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot write a file below" in message and str(locate(config).path) in message
+    assert locate(config).status().state == "failed" and not locate(config).is_trained()
+    assert damage(locate(config).checkpoints_path / "checkpoint-1") is None
     main(config)
     assert same(adapter_of(config), adapter_of(undisturbed))
     assert log_of(config) == log_of(undisturbed)
+
+
+def test_a_run_killed_after_its_results_is_finished_when_it_is_met_again(config):
+    main(config)
+    record = locate(config)
+    record.checkpoints_path.mkdir()
+    for on_finished in ("refuse", "skip"):
+        record.set_status("running", "train")
+        if on_finished == "refuse":
+            refusal(config)
+        else:
+            main(having(config, on_finished="skip"))
+        assert record.status().state == "finished" and not record.checkpoints_path.exists()
+    record.set_status("failed", "evaluate", "another stage's")
+    main(having(config, on_finished="skip"))
+    assert record.status().state == "failed"
+    record.set_status("running", "train")
+    with record._locked():  # by a process that is about to end
+        main(having(config, on_finished="skip"))
+    assert record.status().state == "running"
+
+
+def test_sharding_that_was_asked_for_and_not_got_is_an_error(config, monkeypatch):
+    monkeypatch.setattr("moslora_core.running.zero_stage", lambda training: 2)
+    assert "asks for ZeRO-2, but is set up with one process" in refusal(config)
+    assert locate(config).metrics() == []
+
+
+def test_a_damaged_log_is_named(config, kill_at):
+    kill_at(3)
+    with pytest.raises(Killed):
+        main(config)
+    path = locate(config).metrics_path
+    path.write_text(path.read_text().replace('"step": 2', '"stap": 2'))
+    assert refusal(config).startswith(f"{path} line 2 is damaged: it has no 'step'; found stap, loss")
 
 
 def test_a_stopped_run_goes_on_under_the_same_settings_alone(config, kill_at):
@@ -333,6 +420,8 @@ def test_tensorboard_files_stay_with_the_run(config):
         ({"training__optimizer": "adamm"}, "adamm"),
         ({"training__load_best": True}, "training.load_best needs data.validation_items"),
         ({"training__deepspeed": "zero9"}, "training.deepspeed=zero9: no such file"),
+        ({"training__deepspeed": "zero2"}, "training.deepspeed=zero2 needs a launcher, also for one process"),
+        ({"training__save_total_limit": 0}, "training.save_total_limit must be positive, found 0"),
         ({"method": METHODS["base"]}, "method=base is the untrained model"),
         ({"method": METHODS["adalora"]}, "at least 10 optimiser steps"),
         ({"adapter__target_modules": ["no_such_proj"]}, "no_such_proj"),
