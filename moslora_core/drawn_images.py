@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .paths import inside
 from .prepared import sha256
 from .record import RunRecord, read_json, read_jsonl, write_atomic
 
@@ -84,8 +85,7 @@ def _drawn(row: dict[str, Any], folder: Path, where: str) -> DrawnImage:
         if type(value) is not kind:
             raise UserError(f"{where}: {field.name} must be {kind.__name__}, found {value!r}")
         values[field.name] = value
-    if not (folder / values["file"]).resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{where}: file must lie in the run's folder, found {values['file']!r}")
+    inside(folder, values["file"], where)
     return DrawnImage(**values)
 
 

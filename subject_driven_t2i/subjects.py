@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from moslora_core.errors import UserError
+from moslora_core.paths import inside
 from moslora_core.prepared import read_manifest
 from moslora_core.record import read_json
 
@@ -130,7 +131,7 @@ def _read(folder: Path) -> dict[str, Subject]:
                 class_name=row["class_name"],
                 live=row["live"],
                 token=row["token"],
-                images=tuple(folder / file for file in row["images"]),
+                images=tuple(inside(folder, file, str(path)) for file in row["images"]),
                 prompts=tuple(Prompt(template) for template in row["prompts"]),
             )
             for row in rows

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moslora_core.errors import UserError
+from moslora_core.paths import inside
 from moslora_core.record import read_json
 
 from ..config import EXPERIMENT
@@ -132,7 +133,7 @@ def read_study(folder: Path) -> Study:
     except (TypeError, KeyError, AttributeError):
         raise UserError(f"{path} is damaged: expected what serve writes") from None
     for name in image_files(study):
-        if not (folder / IMAGES_FOLDER / name).is_file():
+        if not inside(folder / IMAGES_FOLDER, name, str(path)).is_file():
             raise UserError(f"{folder}: the image {IMAGES_FOLDER}/{name} is missing; make the study anew")
     return study
 

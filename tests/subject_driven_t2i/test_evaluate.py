@@ -448,7 +448,7 @@ def a_damaged_row(config, record):
         (one_image_twice, r"image 0 of prompt 0 is there twice"),
         (fewer_asked_for, r"has 4 images that generation.prompts and generation.images_per_prompt do not ask for"),
         (another_prompt, r"was drawn for 'a toy at sea', but prompt 0 of toy is 'a toy on a \w+ background'"),
-        (a_file_elsewhere, r"images.jsonl line 1: file must lie in the run's folder, found '../../secret.png'"),
+        (a_file_elsewhere, r"images.jsonl line 1: file must lie in .*, found '../../secret.png'"),
         (a_damaged_row, r"images.jsonl line 1: noise_seed must be int, found '7'"),
     ],
 )
