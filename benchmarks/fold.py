@@ -57,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, dtype in DTYPES.items():
             folder = Path(temporary) / name
             folder.mkdir()
-            size, targets = write_adapter(folder, dtype), iter(range(10_000))
+            size = write_adapter(folder, dtype)
 
             def target() -> str:
-                return str(Path(temporary) / f"folded-{next(targets)}")  # noqa: B023
+                return tempfile.mkdtemp(dir=temporary)
 
             def command() -> None:
                 line = [sys.executable, "-m", "moslora_core.fold", str(folder), target()]  # noqa: B023
