@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from peft.tuners.lora.layer import Linear
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from moslora_core import MoSLoraConfig
@@ -243,6 +244,9 @@ def test_transforms_of_functions_look_into_pefts_operations():
     torch.testing.assert_close(jacobian, weight.expand(3, OUT, IN))
     _, tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
     torch.testing.assert_close(tangent, weight.sum(1).expand(3, OUT))
+    with forward_ad.dual_level():
+        dual = layer(forward_ad.make_dual(x, torch.ones_like(x)))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, tangent)
 
 
 def test_inference_in_training_mode_gives_the_bits_of_the_folded_adapter():
