@@ -12,9 +12,17 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NoReturn, TypeVar
 
+from hydra import compose, initialize_config_module
+
+from moslora_core import launch
+from moslora_core.arguments import Parser
+from moslora_core.errors import UserError
 from moslora_core.record import environment, write_json
+
+T = TypeVar("T")
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,19 +56,22 @@ def seconds(of: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def side_by_side(ways: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+def side_by_side(
+    ways: Mapping[str, T], rounds: int, warm_up: int = 1, measure: Callable[[T], float] = seconds
+) -> dict[str, list[float]]:
     """Seconds of each way in each round.
 
     Every round runs each way once; the order turns from round to round, so that none is always behind another.
 
     Args:
         warm_up: rounds before, which are not counted.
+        measure: runs a way and gives its seconds; by default a way is called.
     """
     names, found = list(ways), {name: [] for name in ways}
     for turn in range(-warm_up, rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            taken = seconds(ways[name])
+            taken = measure(ways[name])
             if turn >= 0:
                 found[name].append(taken)
     return found
@@ -77,14 +88,12 @@ def markdown(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
-def report(
-    name: str, headers: Sequence[str], rows: Sequence[Sequence[object]], numbers: Any, out: Path | None
-) -> None:
+def report(name: str, headers: Sequence[str], rows: Sequence[Sequence[object]], numbers: Any, out: Path) -> None:
     """Prints the table, and writes the numbers behind it with what they were measured on.
 
     Args:
         name: of the benchmark.
-        numbers: what JSON can hold; dataclasses at the first level are taken apart.
+        numbers: what JSON can hold, and spreads.
         out: the file to write.
     """
     sys.stdout.write(markdown(headers, rows))
@@ -100,9 +109,28 @@ def _plain(value: Any) -> Any:
     return asdict(value) if isinstance(value, Spread) else value
 
 
-def out_argument(parser: Any, name: str) -> None:
+def out_argument(parser: Parser, name: str) -> None:
     """Adds ``--out``, whose default is the committed file of the benchmark."""
     default = RESULTS / f"{name}.json"
     parser.add_argument(
         "--out", type=Path, default=default, help=f"JSON to write (default: {default.name} in results/)"
     )
+
+
+def configuration(module: ModuleType, overrides: Sequence[str]) -> Any:
+    """An experiment's configuration as its command line would have it.
+
+    Args:
+        module: the experiment's ``config``.
+    """
+    launch.register(module.Config)
+    with initialize_config_module(module.CONF_MODULE, version_base="1.3"):
+        return launch.instantiate(module.Config, compose("config", overrides=list(overrides)))
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """A benchmark's ``__main__``: a mistake of the user ends in one line, as it does in the project's commands."""
+    try:
+        raise SystemExit(main())
+    except UserError as error:
+        launch.fail(error)

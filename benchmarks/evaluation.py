@@ -19,16 +19,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
-from common import out_argument, ratio, report, side_by_side, spread
-from hydra import compose, initialize_config_module
+from common import out_argument, ratio, report, run, side_by_side, spread
 
+import commonsense_reasoning.config
 from commonsense_reasoning import evaluate
-from commonsense_reasoning.config import CONF_MODULE, EXPERIMENT, Config, locate
+from commonsense_reasoning.config import EXPERIMENT, Config, locate
 from commonsense_reasoning.extraction import first_answer
 from commonsense_reasoning.lm_eval_tasks.functions import read_items
 from commonsense_reasoning.prompts import RESPONSE_MARK, published_evaluate
-from moslora_core import launch
 from moslora_core.arguments import Parser
 from moslora_core.errors import UserError
 from moslora_core.evaluations import fingerprint, in_chunks
@@ -68,9 +68,7 @@ def published(model: Any, tokenizer: Any, items: dict[str, list[dict]], folder: 
 
 
 def configuration(overrides: Sequence[str]) -> Config:
-    launch.register(Config)
-    with initialize_config_module(CONF_MODULE, version_base="1.3"):
-        return launch.instantiate(Config, compose("config", overrides=list(overrides)))
+    return common.configuration(commonsense_reasoning.config, overrides)
 
 
 def ours(config: Config, tasks: Sequence[str], adapter: Path, folder: Path) -> Callable[[], Answers]:
@@ -115,10 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(arguments: Any, work: Path, temporary: Path) -> int:
-    common = prepared(work, ["protocol=paper", "method=moslora", *arguments.overrides])
-    _command("train", *common, "on_finished=skip")
-    common.append(f"evaluation.limit={arguments.items}")
-    config = configuration(common)
+    named = prepared(work, ["protocol=paper", "method=moslora", *arguments.overrides])
+    _command("train", *named, "on_finished=skip")
+    named.append(f"evaluation.limit={arguments.items}")
+    config = configuration(named)
     tasks, adapter = evaluate.check(config), locate(config).adapter_path
     items = {task: read_items(config.data.dir, task)[: arguments.items] for task in tasks}
     model, tokenizer = evaluate.load_adapted(config.model, adapter), evaluate.load_tokenizer(config.model)
@@ -133,7 +131,7 @@ def _measure(arguments: Any, work: Path, temporary: Path) -> int:
 
     ways = {PUBLISHED: keeping(PUBLISHED, lambda: published(model, tokenizer, items, temporary))}
     for name, (overrides, _) in OURS.items():
-        way = ours(configuration([*common, *overrides]), tasks, adapter, temporary)
+        way = ours(configuration([*named, *overrides]), tasks, adapter, temporary)
         way()  # the first calls of all pay for what is allocated once
         ways[name] = keeping(name, way)
     taken = side_by_side(ways, arguments.rounds, warm_up=0)
@@ -158,8 +156,8 @@ def _measure(arguments: Any, work: Path, temporary: Path) -> int:
         )
         numbers["ways"][name] = {
             "seconds": seconds,
-            "items_a_second": vars(speed),
-            "times_the_published": vars(faster),
+            "items_a_second": speed,
+            "times_the_published": faster,
             "aim": aim,
             "agreeing_answers": agreeing,
             "accuracy": right / len(gold),
@@ -170,7 +168,4 @@ def _measure(arguments: Any, work: Path, temporary: Path) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except UserError as error:
-        launch.fail(error)
+    run(main)

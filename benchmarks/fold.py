@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from common import out_argument, report, seconds, spread
+from common import out_argument, report, run, seconds, spread
 from safetensors.torch import save_file
 
 from moslora_core import MoSLoraConfig
@@ -79,4 +79,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from common import out_argument, report, spread
+from common import out_argument, report, run, side_by_side, spread
 
 from moslora_core.arguments import Parser
 
@@ -30,12 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=10)
     out_argument(parser, "imports")
     arguments = parser.parse_args(argv)
-    found = {way: [] for way in WAYS}
-    for turn in range(-1, arguments.rounds):
-        for way, statement in WAYS.items():
-            taken = _seconds(statement)
-            if turn >= 0:  # the first ones fill the disk's cache
-                found[way].append(taken)
+    found = side_by_side(WAYS, arguments.rounds, measure=_seconds)
     peft, ours = found.values()
     added = spread(one - other for one, other in zip(ours, peft, strict=True))
     rows = [[way, spread(of).text(), ""] for way, of in found.items()]
@@ -45,4 +40,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

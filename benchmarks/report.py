@@ -7,17 +7,17 @@ the command runs in a process of its own, so that its imports count.
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from common import run, seconds
 
+from moslora_core.arguments import Parser
 from moslora_core.record import (
     Evaluation,
     Prediction,
@@ -110,7 +110,7 @@ def _write_run(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python benchmarks/report.py", description=__doc__.split(":")[0])
+    parser = Parser(prog="python benchmarks/report.py", description=__doc__.split(":")[0])
     parser.add_argument("--runs", type=int, default=1000, help="number of run records (default: 1000)")
     parser.add_argument("--keep", type=Path, help="write the records here and keep them (default: a temporary folder)")
     parser.add_argument("options", nargs="*", help="options of analysis.report, after --")
@@ -119,11 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         root = arguments.keep or Path(temporary) / "runs"
         runs = write_runs(root, arguments.runs) if not root.exists() else sum(1 for _ in root.glob("*/*/*/*/seed-*"))
         command = [sys.executable, "-m", "analysis.report", "--runs", str(root), "--out", str(Path(temporary) / "out")]
-        begin = time.perf_counter()
-        subprocess.run([*command, *arguments.options], check=True, stdout=subprocess.DEVNULL)
-        sys.stdout.write(f"{runs} run records: {time.perf_counter() - begin:.1f} s\n")
+        command += arguments.options
+        taken = seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
+        sys.stdout.write(f"{runs} run records: {taken:.1f} s\n")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

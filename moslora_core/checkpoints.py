@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from .errors import UserError
 from .prepared import sha256
-from .record import read_json, sync, write_json
+from .record import files_below, read_json, sync, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def seal(checkpoint: Path, processes: int) -> None:
         UserError: a file that cannot be written.
     """
     sync(checkpoint)
-    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / SEAL)
+    paths = [path for path in files_below(checkpoint) if path != checkpoint / SEAL]
     files = {path.relative_to(checkpoint).as_posix(): sha256(path) for path in paths}
     write_json(checkpoint / SEAL, {"processes": processes, "files": files})
 

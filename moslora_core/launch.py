@@ -96,6 +96,11 @@ def run(
     end_process()
 
 
+def world_size() -> int:
+    """Number of processes that the launcher (torchrun, deepspeed, accelerate) started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def end_process() -> None:
     """Ends one of several processes whose work is all done, without finalising its interpreter; else does nothing.
 
@@ -103,7 +108,7 @@ def end_process() -> None:
     for that. Where the interpreter is already being finalised the process aborts ("terminate called without an active
     exception"), and the launcher reports a finished run as failed. It is rare, and more frequent on a busy machine.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if world_size() == 1:
         return
     logging.shutdown()
     sys.stdout.flush()

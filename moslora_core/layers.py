@@ -111,8 +111,8 @@ class FusedLinear(Linear):
         if name is None:
             return super().forward(x, *args, **kwargs)
         base, A, B, dropout = self._parts(name)
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return fused_linear(x, base.weight, base.bias, A.weight, B.raw, B.mixer, scaling=self.scaling[name], p=p)
+        p, scaling = _drop_rate(dropout), self.scaling[name]
+        return fused_linear(x, base.weight, base.bias, A.weight, B.raw, B.mixer, scaling=scaling, p=p)
 
     def _parts(self, name: str) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
         return self.base_layer, self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
@@ -132,17 +132,22 @@ class FusedLinear(Linear):
         if len(names) != 1 or self.lora_bias[names[0]] or _transformed() or _has_any_global_hook():
             return None
         base, A, B, dropout = parts = self._parts(names[0])
-        if not torch.is_grad_enabled() and not getattr(dropout, "p", 0.0):
+        p = _drop_rate(dropout)
+        if not torch.is_grad_enabled() and not p:
             # Inference. With dropout it may be checkpointing's first pass, whose second has to draw the same mask.
             return None
         if type(base) is not nn.Linear or type(A) is not nn.Linear or type(B) is not MixedLinear:
             return None
-        if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1:
+        if type(dropout) not in (nn.Dropout, nn.Identity) or p >= 1:
             return None
         frozen = [base.weight] if base.bias is None else [base.weight, base.bias]
         if any(tensor.requires_grad for tensor in frozen) or not all(map(_is_bare, parts)):
             return None
         return names[0] if _agree([x, A.weight, B.raw, B.mixer, *frozen]) else None
+
+
+def _drop_rate(dropout: nn.Module) -> float:
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def _transformed() -> bool:

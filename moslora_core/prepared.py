@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .record import read_json
+from .record import files_below, read_json
 
 MANIFEST_FILE = "manifest.json"
 
@@ -81,7 +81,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any], summarised: Sequence[
     """
     files: dict[str, str] = {}
     inside = {name: hashlib.sha256() for name in summarised}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in files_below(folder):
         name = path.relative_to(folder).as_posix()
         part = name.split("/", 1)[0]
         if part in inside:

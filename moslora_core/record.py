@@ -48,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 STATES = ("running", "finished", "failed")
-INTERRUPTED = "interrupted"  # the reason of a stage that somebody stopped
 _KEPT = re.compile(r"step-(\d+)")
 _PACKAGES = (
     "torch",
@@ -224,13 +223,18 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files in ``folder`` and its subfolders, in the order of their paths."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def sync(folder: Path) -> None:
     """Writes the files below ``folder`` out to the disk, those that libraries wrote without doing so.
 
     Raises:
         UserError: one that cannot be written.
     """
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in files_below(folder):
         try:
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
@@ -581,7 +585,7 @@ class RunRecord:
                 yield
             except BaseException as error:
                 interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-                reason = INTERRUPTED if interrupted else f"{type(error).__name__}: {error}"
+                reason = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
                 try:
                     self.set_status("failed", name, reason.splitlines()[0] if reason else None)
                 except UserError as unwritten:  # a full disk, which must not hide what went wrong

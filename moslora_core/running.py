@@ -28,6 +28,7 @@ from .adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from .checkpoints import Sealing, damage, newest_whole, writing
 from .count import accumulation_steps, optimiser_steps
 from .errors import UserError
+from .launch import world_size
 from .methods import MethodConfig
 from .record import (
     RunRecord,
@@ -98,11 +99,6 @@ class TrainingConfig:
 
 
 # --------------------------------------------------------------------------------------------------------------- plan
-
-
-def world_size() -> int:
-    """Number of processes that the launcher (torchrun, deepspeed, accelerate) started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main_process() -> bool:

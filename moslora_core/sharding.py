@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
 from .errors import UserError
+from .launch import world_size
 
 
 def asked_for(trainer: Trainer, zero_stage: int) -> str | None:
@@ -27,7 +28,7 @@ def asked_for(trainer: Trainer, zero_stage: int) -> str | None:
         return "FSDP"
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
         return "DeepSpeed"
-    return "data parallelism" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+    return "data parallelism" if world_size() > 1 else None
 
 
 def _is_set(variable: str) -> bool:
