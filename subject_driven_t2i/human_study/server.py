@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from flask import Flask, Response, abort, redirect, render_template, request, url_for
 from waitress.server import create_server
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, ServiceUnavailable
 from werkzeug.wrappers import Response as Answer
 
 from moslora_core.errors import UserError
@@ -168,6 +168,13 @@ def create_app(folder: Path, hosts: Sequence[str] | None = None) -> Flask:
             answer.set_data(f"{' '.join((error.description or error.name).split())}\n")
             answer.content_type = "text/plain; charset=utf-8"
         return answer
+
+    @app.errorhandler(UserError)
+    @app.errorhandler(OSError)
+    def fail(error: UserError | OSError) -> Answer:
+        """For the rater what to do, for the log what is wrong: a full disk, or a database or image that is damaged."""
+        logger.error("not answered: %s", error)
+        return refuse(ServiceUnavailable("the server cannot reach its files at the moment, please try again"))
 
     @app.after_request
     def same_headers(answer: Response) -> Response:

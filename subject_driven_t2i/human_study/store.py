@@ -7,7 +7,9 @@
 
 Votes are kept in terms of the screen (left, tie, right); :mod:`.export` turns them into methods. Every call opens a
 connection of its own: threads and processes share nothing but the file, whose log (WAL) lets them read while another
-writes.
+writes; several servers may serve one study. What counts and its order follow from rows, never from a clock.
+
+Every call raises a UserError where the database is damaged, or cannot be read or written; nothing is halved by it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import secrets
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,18 +85,17 @@ class Vote:
 
 
 def open_store(folder: Path) -> None:
-    """Makes the tables of a study, where they are not there yet.
+    """Makes the tables of a study, where they are not there yet, and looks for damage in them.
 
     Raises:
-        UserError: a file that is no such database or cannot be written.
+        UserError: a file that is no such database, is damaged or cannot be written.
     """
-    path = folder / VOTES_FILE
-    try:
-        with _connection(folder) as connection:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(_SCHEMA)
-    except sqlite3.Error as error:
-        raise UserError(f"{path}: {error}; expected the votes of a study, in a folder that can be written") from None
+    with _connection(folder) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.executescript(_SCHEMA)
+        (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(found.splitlines()[-1])
 
 
 def add_rater(folder: Path, study: Study) -> str:
@@ -142,17 +143,29 @@ def votes_of(folder: Path, rater: int) -> dict[tuple[str, str], str]:
 
 
 def vote(folder: Path, rater: int, pair: str, question: str, choice: str) -> None:
-    """Takes a vote, which replaces an earlier one on the same; it is on the disk when this returns."""
+    """Takes a vote, which replaces another one on the same; it is on the disk when this returns.
+
+    The same vote again changes nothing: it is sent twice when the server dies before its answer.
+    """
     cast = (rater, pair, question, choice, _now())
     with _connection(folder) as connection, _transaction(connection):
-        connection.execute("INSERT OR REPLACE INTO votes VALUES (?, ?, ?, ?, ?)", cast)
-        connection.execute(
-            "INSERT INTO history (rater, pair, question, choice, voted_at) VALUES (?, ?, ?, ?, ?)", cast
+        taken = connection.execute(
+            "INSERT INTO votes VALUES (?, ?, ?, ?, ?) ON CONFLICT (rater, pair, question) DO UPDATE"
+            " SET (choice, voted_at) = (excluded.choice, excluded.voted_at) WHERE choice != excluded.choice",
+            cast,
         )
+        if taken.rowcount:
+            connection.execute(
+                "INSERT INTO history (rater, pair, question, choice, voted_at) VALUES (?, ?, ?, ?, ?)", cast
+            )
 
 
 def all_votes(folder: Path, questions: Sequence[str]) -> list[Vote]:
-    """Every vote that counts, by rater, position and question in the order of ``questions``."""
+    """Every vote that counts, by rater, position and question in the order of ``questions``.
+
+    Raises:
+        UserError: a vote on another question.
+    """
     with _connection(folder) as connection:
         rows = connection.execute(
             "SELECT rater, position, pair, swapped, question, choice,"
@@ -161,18 +174,23 @@ def all_votes(folder: Path, questions: Sequence[str]) -> list[Vote]:
             " voted_at FROM votes AS v JOIN screens USING (rater, pair) ORDER BY rater, position"
         ).fetchall()
     votes = [Vote(rater, position, pair, bool(swapped), *rest) for rater, position, pair, swapped, *rest in rows]
+    if other := [vote.question for vote in votes if vote.question not in questions]:
+        raise UserError(f"{folder / VOTES_FILE}: a vote on question {other[0]}, which is not of the study")
     return sorted(votes, key=lambda vote: (vote.rater, vote.position, questions.index(vote.question)))
 
 
 @contextmanager
 def _connection(folder: Path) -> Iterator[sqlite3.Connection]:
-    connection = sqlite3.connect(folder / VOTES_FILE, timeout=_WAIT, isolation_level=None)
+    path = folder / VOTES_FILE
     try:
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA synchronous = FULL")  # in WAL mode only this outlives a power cut
-        yield connection
-    finally:
-        connection.close()
+        with closing(sqlite3.connect(path, timeout=_WAIT, isolation_level=None)) as connection:
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA synchronous = FULL")  # in WAL mode only this outlives a power cut
+            yield connection
+    except sqlite3.IntegrityError:  # a caller's mistake
+        raise
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{path}: {error}; expected the votes of a study, in a folder that can be written") from None
 
 
 @contextmanager
@@ -182,7 +200,8 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:  # SQLite itself rolls back when the disk is full
+            connection.execute("ROLLBACK")
         raise
     connection.execute("COMMIT")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import sqlite3
 
 import pytest
 
 from subject_driven_t2i.human_study import __main__ as command
-from subject_driven_t2i.human_study import store
+from subject_driven_t2i.human_study import server, store
 from subject_driven_t2i.human_study.study import read_study
 
 from .study_runs import place_runs
@@ -133,8 +134,6 @@ def test_votes_are_exported_in_terms_of_the_methods(runs, served, capsys):
 
 
 def _codes(folder):
-    import sqlite3
-
     with sqlite3.connect(folder / store.VOTES_FILE) as connection:
         return connection.execute("SELECT code FROM raters").fetchall()
 
@@ -146,6 +145,15 @@ def test_a_study_without_votes_has_an_empty_export(runs, served, capsys):
     assert table(served[0] / "votes.csv") == []
 
 
+def test_damaged_votes_end_the_export_and_the_server_in_one_line(runs, served, monkeypatch, capsys):
+    call(runs, *SERVE, *METHODS)
+    (served[0] / store.VOTES_FILE).write_text("no database" * 1000)
+    monkeypatch.setattr(command, "serve", server.serve)
+    for arguments in (["export"], ["serve", "--port", "0"]):
+        assert f"{served[0] / store.VOTES_FILE}: file is not a database" in refused(capsys, runs, *arguments)
+    assert not (served[0] / "votes.csv").exists()
+
+
 def test_votes_of_another_study_are_refused(runs, served, capsys):
     call(runs, *SERVE, *METHODS)
     call(runs, *SERVE, *METHODS, "--prompts", "4", "--name", "larger")
@@ -155,3 +163,6 @@ def test_votes_of_another_study_are_refused(runs, served, capsys):
     store.vote(large, 1, read_study(large).pairs[-1].id, QUESTIONS[0], "left")
     (large / store.VOTES_FILE).rename(small / store.VOTES_FILE)
     assert "a vote on pair 010, which is not of the study" in refused(capsys, runs, "export")
+    with sqlite3.connect(small / store.VOTES_FILE) as connection:
+        connection.execute("UPDATE votes SET question = 'beauty'")
+    assert "a vote on question beauty, which is not of the study" in refused(capsys, runs, "export")

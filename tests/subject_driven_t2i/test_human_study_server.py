@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import http.client
 import io
+import itertools
 import json
 import multiprocessing
+import random
 import re
 import socket
 import sqlite3
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from PIL import Image
@@ -300,6 +304,42 @@ def test_a_full_study_says_so(client, monkeypatch):
     assert answer.status_code == 503 and line_of(answer) == "this study takes no more raters"
 
 
+def test_a_full_disk_is_told_in_a_line_and_costs_no_vote_that_was_taken(client, folder, caplog, monkeypatch):
+    connect = sqlite3.connect
+
+    def connect_full(*args, **kwargs):
+        connection = connect(*args, **kwargs)
+        connection.execute("PRAGMA max_page_count = 1")  # for SQLite: no more pages than there are
+        return connection
+
+    page = begin(client)
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", connect_full)
+        taken = []
+        for choice in itertools.cycle(store.CHOICES):  # until the last page is full
+            answer = vote(client, page, 1, QUESTIONS[0], choice)
+            if answer.status_code != 204:
+                break
+            taken.append(choice)
+        assert answer.status_code == 503 and "please try again" in line_of(answer) and str(folder) not in answer.text
+        assert [record.message for record in caplog.records] == [
+            f"not answered: {folder / store.VOTES_FILE}: database or disk is full; "
+            "expected the votes of a study, in a folder that can be written"
+        ]
+        assert caplog.records[0].exc_info is None
+        assert [row[3] for row in votes(folder)] == taken[-1:]
+    assert vote(client, page, 1, QUESTIONS[0], choice).status_code == 204  # there is room again
+    assert [row[3] for row in votes(folder)] == [choice]
+
+
+def test_damage_that_comes_while_serving_is_told_in_a_line(client, folder, caplog):
+    page = begin(client)
+    (folder / store.VOTES_FILE).write_bytes(b"no database" * 1000)
+    for answer in (client.get(f"{page}/1"), vote(client, page, 1, QUESTIONS[0], "left")):
+        assert answer.status_code == 503 and line_of(answer)
+    assert ["file is not a database" in record.message for record in caplog.records] == [True, True]
+
+
 # ------------------------------------------------------------------------------------------------------------- serving
 
 
@@ -330,23 +370,36 @@ def test_only_this_machine_is_listened_to_unless_told_otherwise(monkeypatch, fol
     assert made["host"] == "0.0.0.0" and "everyone who reaches this machine at port 4242 can take part" in caplog.text
 
 
+def free_address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()
+
+
+@contextmanager
+def serving(folder, address):
+    """A server in a process of its own, which is killed at the end."""
+    process = multiprocessing.get_context("fork").Process(target=serve, args=(folder, *address), daemon=True)
+    process.start()
+    try:
+        for _ in range(600):
+            try:
+                socket.create_connection(address).close()
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
 @pytest.fixture
 def address(folder):
     """Host and port of a server in a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        host, port = free.getsockname()
-    process = multiprocessing.get_context("fork").Process(target=serve, args=(folder, host, port), daemon=True)
-    process.start()
-    for _ in range(600):
-        try:
-            socket.create_connection((host, port)).close()
-            break
-        except ConnectionRefusedError:
-            time.sleep(0.05)
-    yield host, port
-    process.kill()
-    process.join()
+    found = free_address()
+    with serving(folder, found):
+        yield found
 
 
 def ask(address, method, path, body=None, **headers):
@@ -380,6 +433,65 @@ def test_the_server_itself_sends_nothing_else_and_takes_raters_at_once(folder, a
     with ThreadPoolExecutor(3) as pool:
         assert len(set(pool.map(rate, range(3)))) == 3
     assert len(votes(folder)) == 3 * PAIRS * 2
+
+
+class Rater(threading.Thread):
+    """Answers every pair that the server leads to, and sends again what was not acknowledged."""
+
+    def __init__(self, address):
+        super().__init__(daemon=True)
+        self.address = address
+        self.page = json.loads(self.ask("POST", "/raters", b"{}")[2])["page"]
+        self.taken = []  # (number of the pair, question) of what was acknowledged, in order
+        self.start()
+
+    def ask(self, method, path, body=None):
+        while True:
+            try:
+                return ask(self.address, method, path, body)
+            except (OSError, http.client.HTTPException):
+                time.sleep(0.005)
+
+    def run(self):
+        while not (place := self.ask("GET", self.page)[1]["Location"]).endswith("/done"):
+            for question in QUESTIONS:
+                body = json.dumps({"question": question, "choice": "left"})
+                if self.ask("POST", f"{place}/votes", body)[0] == 204:
+                    self.taken.append((int(place.rsplit("/", 1)[1]), question))
+
+
+def test_kills_cost_no_vote_and_no_rater_their_place(folder):
+    address, moments, raters = free_address(), random.Random(0), []
+    for kill in range(1, 6):
+        with serving(folder, address):
+            raters = raters or [Rater(address) for _ in range(3)]
+            while sum(len(rater.taken) for rater in raters) < 6 * kill:
+                time.sleep(0.001)
+            time.sleep(moments.uniform(0, 0.02))
+    with serving(folder, address):
+        for rater in raters:
+            rater.join(60)
+    # Had a vote been lost, its rater would have been led back to it.
+    everything = [(number, question) for number in range(1, PAIRS + 1) for question in QUESTIONS]
+    assert [rater.taken for rater in raters] == [everything] * 3
+    kept = store.all_votes(folder, QUESTIONS)
+    assert [(vote.rater, vote.position, vote.question) for vote in kept] == [
+        (rater, *answer) for rater in range(1, 4) for answer in everything
+    ]
+    assert all((vote.choice, vote.changes) == ("left", 0) for vote in kept), "none counts twice"
+
+
+def test_two_servers_of_one_study_share_its_votes(folder):
+    addresses = [free_address() for _ in range(2)]
+    with serving(folder, addresses[0]), serving(folder, addresses[1]):
+        raters = [Rater(address) for address in addresses * 2]
+        for rater in raters:
+            rater.join(60)
+        assert {ask(address, "GET", raters[0].page)[1]["Location"] for address in addresses} == {
+            f"{raters[0].page}/done"
+        }
+    assert len({rater.page for rater in raters}) == 4
+    assert len(store.all_votes(folder, QUESTIONS)) == 4 * PAIRS * 2
 
 
 def test_an_address_that_is_taken_is_named(folder):

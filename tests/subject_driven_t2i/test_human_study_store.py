@@ -66,6 +66,27 @@ def test_a_later_vote_replaces_an_earlier_one_and_the_history_has_both(folder, m
     ]
 
 
+def test_the_same_vote_again_is_no_change(folder, made):
+    _, rater = begin(folder, made)
+    for choice in ("left", "left", "right", "right"):
+        store.vote(folder, rater, "001", "subject_similarity", choice)
+    assert rows(folder, "SELECT choice FROM history ORDER BY id") == [("left",), ("right",)]
+    (found,) = store.all_votes(folder, read_study(made).questions)
+    assert (found.choice, found.changes) == ("right", 1)
+
+
+def test_a_clock_that_goes_backwards_changes_neither_order_nor_what_counts(folder, made, monkeypatch):
+    _, rater = begin(folder, made)
+    order = [screen.pair for screen in store.screens_of(folder, rater)]
+    cast = [*((pair, "left") for pair in order), (order[0], "right")]
+    for number, (pair, choice) in enumerate(cast):
+        monkeypatch.setattr(store, "_now", lambda number=number: f"{2040 - number}-01-01T00:00:00+00:00")
+        store.vote(folder, rater, pair, "subject_similarity", choice)
+    votes = store.all_votes(folder, read_study(made).questions)
+    assert [(vote.pair, vote.choice) for vote in votes] == [(order[0], "right"), *cast[1:-1]]
+    assert rows(folder, "SELECT pair, choice FROM history ORDER BY id") == cast
+
+
 def test_a_vote_on_what_the_rater_does_not_see_is_refused(folder, made):
     _, rater = begin(folder, made)
     for bad in ((rater, "999", "subject_similarity", "left"), (rater, "001", "subject_similarity", "up")):
@@ -134,3 +155,23 @@ def test_a_file_that_is_no_database_is_named(tmp_path):
         store.open_store(tmp_path)
     with pytest.raises(UserError, match=r"votes.sqlite: unable to open database file"):
         store.open_store(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda content: content[:-2000],
+        lambda content: content[:4096] + bytes(len(content) - 4096),
+        lambda content: content.replace(b"similarityleft", b"similaritylef\xf4"),
+        lambda content: content.replace(b"similarityleft", b"similaritylift"),
+    ],
+    ids=["cut off", "overwritten", "no text", "no choice"],
+)
+def test_damage_inside_the_database_is_found_in_a_line(folder, made, harm):
+    _, rater = begin(folder, made)
+    store.vote(folder, rater, "001", "subject_similarity", "left")
+    path = folder / store.VOTES_FILE
+    path.write_bytes(harm(path.read_bytes()))
+    with pytest.raises(UserError, match=f"{path}: .*; expected the votes of a study") as caught:
+        store.open_store(folder)
+    assert "\n" not in str(caught.value)

@@ -43,8 +43,8 @@ async function send(question, choice) {
     }
     state.textContent = "";
     leaving = false;
-    const why = reason instanceof TypeError ? "the server does not answer" : reason.message;
-    show(`Not saved: ${why}. Please try again.`);
+    const why = reason instanceof TypeError ? "the server does not answer, please try again" : reason.message;
+    show(`Not saved: ${why}.`);
   }
 }
 

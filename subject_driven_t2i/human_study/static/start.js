@@ -13,10 +13,11 @@ begin.addEventListener("click", async () => {
       headers: {"Content-Type": "application/json"},
       body: "{}",
     });
-    if (!answer.ok) throw new Error(await answer.text());
+    if (!answer.ok) throw new Error((await answer.text()).trim());
     location.assign((await answer.json()).page);
   } catch (reason) {
-    error.textContent = `This did not work: ${reason.message}. Please try again.`;
+    const why = reason instanceof TypeError ? "the server does not answer, please try again" : reason.message;
+    error.textContent = `This did not work: ${why}.`;
     error.hidden = false;
     begin.disabled = false;
   }
