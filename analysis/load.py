@@ -152,13 +152,11 @@ def _by_protocol(evaluations: dict[str, Evaluation]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, evaluation in evaluations.items():
         protocol = evaluation.protocol
-        if not isinstance(protocol, str) or not _PROTOCOL.fullmatch(protocol):
+        if not _PROTOCOL.fullmatch(protocol):
             raise UserError(f"results.json: {name}.protocol must be a name without spaces, found {protocol!r}")
         if protocol in found:
             raise UserError(f"results.json: evaluations {found[protocol]!r} and {name!r} are both of {protocol!r}")
         found[protocol] = name
-        if not isinstance(evaluation.settings, dict):
-            raise UserError(f"results.json: {name}.settings must be an object, found {evaluation.settings!r}")
         for task, result in evaluation.tasks.items():
             _check(result, f"results.json: {name}.{task}")
             for part, entry in (result.breakdown or {}).items():
@@ -167,8 +165,6 @@ def _by_protocol(evaluations: dict[str, Evaluation]) -> dict[str, str]:
 
 
 def _check(result: TaskResult, where: str) -> None:
-    if not isinstance(result.metric, str):
-        raise UserError(f"{where}: metric must be a name, found {result.metric!r}")
     low, high = bounds(result.metric)
     if not low <= result.value <= high:
         what = "a share" if low == 0 else "a similarity"

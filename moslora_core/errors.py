@@ -9,3 +9,6 @@ class UserError(ValueError):
     The message is one line that names the file or key, what was found and what was expected. Command lines print it
     and exit with status 2 (see :mod:`moslora_core.launch`); library callers catch it as the ``ValueError`` that it is.
     """
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())  # what was found, a key or a file's name, may have line breaks

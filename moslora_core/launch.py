@@ -126,7 +126,7 @@ def instantiate(schema: type, config: DictConfig) -> Any:
 
 def fail(error: UserError) -> None:
     """Ends the process as every command of the project ends on bad input."""
-    sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")
+    sys.stderr.write(f"error: {error}\n")
     raise SystemExit(2)
 
 

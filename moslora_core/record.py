@@ -36,19 +36,23 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import UserError
+from .typed import Count, Seconds, Share, build, shown
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = 1
 STATES = ("running", "finished", "failed")
 _KEPT = re.compile(r"step-(\d+)")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PACKAGES = (
     "torch",
     "peft",
@@ -79,7 +83,7 @@ class TaskResult:
 
     metric: str
     value: float
-    n: int
+    n: Count
     stderr: float | None = None
     unparsed: float | None = None  # share of responses in which no answer was found, where the protocol parses one
     lenient: float | None = None  # the same metric under a more forgiving reading of the responses
@@ -100,7 +104,7 @@ class Evaluation:
 
     protocol: str
     tasks: dict[str, TaskResult]
-    seconds: float
+    seconds: Seconds
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -113,12 +117,12 @@ class Evaluation:
 class Training:
     """What a training cost. ``peak_memory_kind`` is cuda (allocated on the device) or rss (whole process)."""
 
-    seconds: float
-    steps: int
-    peak_memory_bytes: int
+    seconds: Seconds
+    steps: Count
+    peak_memory_bytes: Count
     peak_memory_kind: str
-    trainable_parameters: int
-    total_parameters: int
+    trainable_parameters: Count
+    total_parameters: Count
     final_loss: float | None = None
     validation_loss: float | None = None
 
@@ -145,11 +149,11 @@ class KnockOutPoint:
     """
 
     order: str
-    draw: int
-    share: float
-    removed: int
-    tasks: dict[str, float]
-    unparsed: float | None = None
+    draw: Count
+    share: Share
+    removed: Count
+    tasks: dict[str, Share]
+    unparsed: Share | None = None
 
 
 @dataclass
@@ -166,10 +170,10 @@ class KnockOut:
 
     evaluation: str
     unit: str
-    subspaces: int
-    items: dict[str, int]
+    subspaces: Count
+    items: dict[str, Count]
     points: list[KnockOutPoint]
-    seconds: float
+    seconds: Seconds
     settings: dict[str, Any]
     fingerprint: str
     schema_version: int = SCHEMA_VERSION
@@ -263,11 +267,41 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, _json(path, value, indent=2))
 
 
-def read_json(path: Path) -> Any:
+def read_text(path: Path) -> str:
+    """The text of a file of the user's or of a run.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: expected UTF-8, found {error}") from None
+
+
+def parse_json(text: str) -> Any:
+    """JSON as ``json.loads`` reads it; whatever else is wrong with a text comes out as a ValueError too."""
+    try:
+        value = json.loads(text)
+        if _SURROGATE.search(text):  # half a character, which json admits and no file can be written with
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("too many levels") from None
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, of whatever type it is: see :mod:`moslora_core.typed`.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON.
+    """
+    try:
+        return parse_json(read_text(path))
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{path} is damaged: expected JSON, found {error}") from None
 
@@ -312,7 +346,7 @@ def read_jsonl(path: Path, keys: Iterable[str] = ()) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line.decode("utf-8"))
         except ValueError:
             row = None
         if not isinstance(row, dict):
@@ -332,72 +366,23 @@ def repair_jsonl(path: Path, keep=lambda row: True, keys: Iterable[str] = ()) ->
     return rows
 
 
-def _build(kind: type, value: Any, where: str):
-    """Builds dataclass ``kind`` from JSON, naming a key that is missing or unknown."""
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected an object with {[f.name for f in fields(kind)]}, found {value!r}")
-    known = {f.name for f in fields(kind)}
-    if unknown := sorted(set(value) - known):
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; expected {sorted(known)}")
-    try:
-        return kind(**value)
-    except TypeError as error:
-        raise UserError(f"{where}: {str(error).removeprefix(f'{kind.__name__}.__init__() ')}") from None
-
-
-def _check_finite(entry: Any, where: str, required: Iterable[str], optional: Iterable[str] = ()) -> None:
-    """Refuses a NaN, an infinity or something that is not a number: JSON as Python reads it admits all of them."""
-    for name in (*required, *optional):
-        number = getattr(entry, name)
-        if number is None and name in optional:
-            continue
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise UserError(f"{where}: {name} must be a finite number, found {number!r}")
-
-
-def _task_result(value: Any, where: str, *, part: bool = False) -> TaskResult:
-    result = _build(TaskResult, value, where)
-    _check_finite(result, where, ("value", "n"), ("stderr", "unparsed", "lenient"))
-    if result.breakdown is not None:
-        if part:
-            raise UserError(f"{where}: breakdown inside a breakdown; expected none, found {result.breakdown!r}")
-        if not isinstance(result.breakdown, dict):
-            raise UserError(f"{where}: breakdown must be an object, found {result.breakdown!r}")
-        result.breakdown = {
-            name: _task_result(entry, f"{where}.breakdown.{name}", part=True)
-            for name, entry in result.breakdown.items()
-        }
-    return result
-
-
-def _training(value: Any, where: str) -> Training:
-    training = _build(Training, value, where)
-    counts = ("seconds", "steps", "peak_memory_bytes", "trainable_parameters", "total_parameters")
-    _check_finite(training, where, counts)  # the losses are not checked: a diverged training is a result
-    return training
+def _read_record(kind: type[T], path: Path) -> T:
+    """A file of a run that is one object of this schema."""
+    raw = read_json(path)
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if isinstance(raw, dict) and (type(version) is not int or version != SCHEMA_VERSION):
+        raise UserError(f"{path}: schema_version {shown(version)}, expected {SCHEMA_VERSION}")
+    return build(kind, raw, str(path))
 
 
 def _knock_out(path: Path) -> KnockOut:
-    raw = read_json(path)
-    found = raw.get("schema_version") if isinstance(raw, dict) else None
-    if found != SCHEMA_VERSION:
-        raise UserError(f"{path}: schema_version {found!r}, expected {SCHEMA_VERSION}")
-    knock_out = _build(KnockOut, raw, str(path))
-    for name, kind in (("points", list), ("items", dict), ("settings", dict)):
-        if not isinstance(getattr(knock_out, name), kind):
-            raise UserError(f"{path}: {name} must be a {kind.__name__}, found {getattr(knock_out, name)!r}")
-    points = []
-    for number, value in enumerate(knock_out.points):
-        where = f"{path}: points.{number}"
-        point = _build(KnockOutPoint, value, where)
-        _check_finite(point, where, ("draw", "share", "removed"), ("unparsed",))
-        if not isinstance(point.tasks, dict) or point.tasks.keys() != knock_out.items.keys():
-            raise UserError(f"{where}: expected the tasks {sorted(knock_out.items)}, found {point.tasks!r}")
-        for task, share in point.tasks.items():
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-                raise UserError(f"{where}: {task} must be a share in [0, 1], found {share!r}")
-        points.append(point)
-    knock_out.points = points
+    knock_out = _read_record(KnockOut, path)
+    for number, point in enumerate(knock_out.points):
+        if point.tasks.keys() != knock_out.items.keys():
+            raise UserError(
+                f"{path}: points.{number}: expected the tasks {shown(sorted(knock_out.items))}, "
+                f"found {shown(sorted(point.tasks))}"
+            )
     return knock_out
 
 
@@ -455,8 +440,7 @@ class RunRecord:
     def kept_adapters(self) -> dict[int, Path]:
         """Step -> folder of the copies of the adapter that were kept, the earliest first; step 0 is the start."""
         folders = {path: _KEPT.fullmatch(path.name) for path in self.path.glob("adapters/*") if path.is_dir()}
-        found = {int(match[1]): path for path, match in folders.items() if match}
-        return dict(sorted(found.items()))
+        return dict(sorted((int(match[1]), path) for path, match in folders.items() if match))
 
     @property
     def predictions_path(self) -> Path:
@@ -488,9 +472,9 @@ class RunRecord:
         path = self.path / "status.json"
         if not path.exists():
             return None
-        status = _build(Status, read_json(path), str(path))
+        status = build(Status, read_json(path), str(path))
         if status.state not in STATES:
-            raise UserError(f"{path}: state must be one of {STATES}, found {status.state!r}")
+            raise UserError(f"{path}: state must be one of {STATES}, found {shown(status.state)}")
         return status
 
     def set_status(self, state: str, stage: str, reason: str | None = None) -> None:
@@ -504,23 +488,13 @@ class RunRecord:
         path = self.path / "results.json"
         if not path.exists():
             return Results()
-        raw = read_json(path)
-        found = raw.get("schema_version") if isinstance(raw, dict) else None
-        if found != SCHEMA_VERSION:
-            raise UserError(f"{path}: schema_version {found!r}, expected {SCHEMA_VERSION}")
-        results = _build(Results, raw, str(path))
-        if results.training is not None:
-            results.training = _training(results.training, f"{path}: training")
-        if not isinstance(results.evaluations, dict):
-            raise UserError(f"{path}: evaluations must be an object, found {results.evaluations!r}")
-        for name, value in results.evaluations.items():
-            evaluation = _build(Evaluation, value, f"{path}: evaluations.{name}")
-            if not isinstance(evaluation.tasks, dict):
-                raise UserError(f"{path}: {name}.tasks must be an object, found {evaluation.tasks!r}")
-            evaluation.tasks = {
-                task: _task_result(result, f"{path}: {name}.{task}") for task, result in evaluation.tasks.items()
-            }
-            results.evaluations[name] = evaluation
+        results = _read_record(Results, path)
+        for name, evaluation in results.evaluations.items():
+            for task, result in evaluation.tasks.items():
+                for part, entry in (result.breakdown or {}).items():
+                    if entry.breakdown is not None:
+                        where = f"evaluations.{name}.tasks.{task}.breakdown.{part}"
+                        raise UserError(f"{path}: {where} has a breakdown inside a breakdown; expected none")
         return results
 
     def write_results(self, results: Results) -> None:
