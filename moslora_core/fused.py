@@ -37,7 +37,8 @@ class _Fused(torch.autograd.Function):
         # What dropout keeps grows by the inverse of its share, here in the small matrix.
         ctx.scale = scaling / kept
         h = _dropped(x, mask) @ A.T  # (n, r)
-        ctx.save_for_backward(x, W, A, B, M, mask, h)
+        # Under autocast W is a copy, and without a gradient for x nothing else would keep it.
+        ctx.save_for_backward(x, W if ctx.needs_input_grad[0] else None, A, B, M, mask, h)
         return functional.linear(x, W, bias).addmm_(h @ (ctx.scale * M).T, B.T)
 
     @staticmethod

@@ -151,23 +151,29 @@ def test_checkpointing_draws_the_same_mask_again(reentrant):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
-def test_keeps_less_for_the_backward_pass_than_peft(p):
+@pytest.mark.parametrize(("p", "first"), [(0.0, False), (0.1, False), (0.0, True)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_keeps_less_for_the_backward_pass_than_peft(p, first, autocast):
+    """Also a first layer, whose input needs no gradient and whose W then nobody needs."""
     model = get_peft_model(
         nn.Sequential(nn.Linear(256, 256)), MoSLoraConfig(r=R, lora_dropout=p, target_modules=["0"])
     )
-    layer, x = model.base_model.model[0].train(), torch.randn(1000, 256, requires_grad=True)
+    layer, x = model.base_model.model[0].train(), torch.randn(1000, 256, requires_grad=not first)
 
     def kept(forward) -> int:
         storages = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage  # held, or its address is given to another
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
             forward(x)
-        return sum(storages.values())
+        return sum(storage.nbytes() for storage in storages.values())
 
     ours, theirs = kept(layer), kept(lambda x: pefts(layer, x))
     assert ours < (0.7 if p else 1.01) * theirs
