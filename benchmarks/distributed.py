@@ -8,8 +8,8 @@ compared with itself undisturbed.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from common import configuration, out_argument, report, run
 from safetensors.torch import load_file
@@ -69,6 +70,14 @@ def work(overrides: Sequence[str]) -> None:
     launch.end_process()
 
 
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to the launcher and to what it started, which are in sessions of their own and would go on."""
+    for started in (process, *psutil.Process(process.pid).children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started.kill()
+    process.wait()
+
+
 def train_as(way: Way, overrides: Sequence[str], log: Path, until: Path | None = None) -> None:
     """Trains in the way's processes; kills them all when the file ``until`` is there.
 
@@ -82,13 +91,12 @@ def train_as(way: Way, overrides: Sequence[str], log: Path, until: Path | None =
     if way.zero and not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     with open(log, "ab") as file:
-        process = subprocess.Popen(line, env=environment, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(line, env=environment, stdout=file, stderr=file)
     begin = time.monotonic()
     while process.poll() is None:
         late = time.monotonic() - begin > SECONDS
         if late or (until is not None and until.exists()):
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill(process)
             if late:
                 raise RuntimeError(f"{way.name} hangs:\n{log.read_text()[-4000:]}")
             return
