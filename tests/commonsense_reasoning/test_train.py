@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import resource
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ from commonsense_reasoning.data import load_training
 from commonsense_reasoning.train import locate, main
 from moslora_core import launch
 from moslora_core.base_models import resolve_path
-from moslora_core.checkpoints import SEAL, Sealing, damage
+from moslora_core.checkpoints import SEAL, Sealing, damage, seal
 from moslora_core.errors import UserError
 from moslora_core.methods import METHODS, AdapterConfig, peft_config
 from moslora_core.record import read_json
@@ -217,6 +219,30 @@ def test_an_unfinished_or_damaged_checkpoint_is_not_resumed(config, tmp_path, ki
     assert f"{weights} is damaged" in caplog.text
     assert same(adapter_of(config), adapter_of(undisturbed))
     assert log_of(config) == log_of(undisturbed)
+
+
+class RunsCode:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_a_checkpoint_of_an_attacker_runs_no_code(config, tmp_path, kill_at, name):
+    kill_at(3)
+    with pytest.raises(Killed):
+        main(config)
+    checkpoint = locate(config).checkpoints_path / "checkpoint-2"
+    ran = tmp_path / "ran"
+    torch.save(RunsCode(ran), checkpoint / name)
+    seal(checkpoint, processes=1)  # who can write a checkpoint can seal it
+    with pytest.raises(UnpicklingError) if name != "training_args.bin" else nullcontext():
+        main(config)
+    assert not ran.exists()
 
 
 def test_a_damaged_best_checkpoint_is_not_taken_for_the_best(config, monkeypatch):
