@@ -13,7 +13,8 @@ from moslora_core.errors import UserError
 from moslora_core.prepared import check_subset, read_manifest
 
 from .config import DataConfig, ProtocolConfig
-from .prepare_data import TRAIN_FILE, read_items
+from .items import read_prepared
+from .prepare_data import TRAIN_FILE
 from .prompts import TRAIN_PROMPTS
 
 logger = logging.getLogger(__name__)
@@ -86,8 +87,7 @@ def load_training(
     check_prepared(data)
     if data.cutoff < 2:
         raise UserError(f"data.cutoff must be at least 2 tokens, found {data.cutoff}")
-    path = Path(data.dir) / TRAIN_FILE
-    items = read_items(path)
+    items = read_prepared(Path(data.dir) / TRAIN_FILE)
     if not 0 <= data.validation_items < len(items):
         raise UserError(
             f"data.validation_items={data.validation_items} must be below the number of training items, {len(items)}"

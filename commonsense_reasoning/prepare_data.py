@@ -25,18 +25,16 @@ from typing import Any
 from moslora_core import launch
 from moslora_core.errors import UserError
 from moslora_core.prepared import new_folder, sha256, write_manifest
-from moslora_core.record import read_json
 
 from . import smoke_world
 from .config import CONF_MODULE, NOT_IN_LABEL, Config, DataConfig
-from .tasks import ITEM_FIELDS, TASKS, offered_labels
+from .items import Item, check_item, read_rows
+from .tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
 TRAIN_FILE = "train.json"
 SOURCES = ("smoke", "folder", "hub")
-
-Item = dict[str, str]
 
 
 @dataclass
@@ -55,52 +53,15 @@ def items_file(split: str, task: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def check_item(row: Any, where: str, labels: tuple[str, ...] | None = None) -> Item:
-    """One row as an item of strings.
-
-    Args:
-        where: file and index, for the error.
-        labels: label words of the task; None accepts those of any task.
-
-    Raises:
-        UserError: a missing field, one that is no string, or an answer that is no label or not in the output.
-    """
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with {', '.join(ITEM_FIELDS)}, found {type(row).__name__}")
-    for name in ITEM_FIELDS:
-        if name not in row:
-            raise UserError(f"{where}: field {name!r} is missing; expected {', '.join(ITEM_FIELDS)}")
-        if not isinstance(row[name], str):
-            raise UserError(f"{where}: {name} must be a string, found {type(row[name]).__name__}")
-    if not row["instruction"].strip():
-        raise UserError(f"{where}: instruction is empty")
-    allowed = labels or offered_labels(row["instruction"]) or sum((task.labels for task in TASKS.values()), ())
-    if row["answer"] not in allowed:
-        raise UserError(f"{where}: answer must be one of {'/'.join(allowed)}, found {row['answer']!r}")
-    if row["answer"] not in row["output"]:
-        raise UserError(f"{where}: output must state the answer {row['answer']!r}, found {row['output']!r}")
-    return {name: row[name] for name in ITEM_FIELDS}
-
-
-def read_items(path: Path, labels: tuple[str, ...] | None = None, prefix: str | None = None) -> list[Item]:
-    """Items of a JSON file, each with an id ``<prefix>/<row>``.
-
-    Raises:
-        UserError: the file is missing, is no JSON list of items, or is empty; a bad row is named by file and index.
-    """
+def _read(path: Path, labels: tuple[str, ...] | None, prefix: str) -> list[Item]:
     if not path.is_file():
         raise UserError(f"no data file {path}; expected a JSON list of LLM-Adapters items")
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a JSON list of items, found {type(rows).__name__}")
-    return _number(rows, str(path), labels, path.stem if prefix is None else prefix)
+    return _number(read_rows(path), str(path), labels, prefix)
 
 
 def _number(rows: Iterable[Any], source: str, labels: tuple[str, ...] | None, prefix: str) -> list[Item]:
-    items = [{"id": f"{prefix}/{i}", **check_item(row, f"{source}[{i}]", labels)} for i, row in enumerate(rows)]
-    if not items:
-        raise UserError(f"{source}: expected items, found none")
-    return items
+    """The rows as items, each with an id ``<prefix>/<row>``."""
+    return [{"id": f"{prefix}/{i}", **check_item(row, f"{source}[{i}]", labels)} for i, row in enumerate(rows)]
 
 
 def _train_prefix(file: str) -> str:
@@ -137,10 +98,10 @@ def _read_folder(data: DataConfig) -> Items:
     if not root.is_dir():
         raise UserError(f"data.path={data.path}: no such folder; expected the LLM-Adapters JSON files in it")
     splits = _split_files(data)
-    train = [item for file in data.train_files for item in read_items(root / file, prefix=_train_prefix(file))]
+    train = [item for file in data.train_files for item in _read(root / file, None, _train_prefix(file))]
 
     def read(split: str, task: str, file: str) -> list[Item]:
-        return read_items(root / file, TASKS[task].labels, _prefix(split, task))
+        return _read(root / file, TASKS[task].labels, _prefix(split, task))
 
     found = {split: {task: read(split, task, file) for task, file in files.items()} for split, files in splits.items()}
     names = [*data.train_files, *(file for files in splits.values() for file in files.values())]

@@ -29,14 +29,14 @@ from transformers import (
 
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from .errors import UserError
+from .record import read_json
 
 logger = logging.getLogger(__name__)
 
 _PACKAGE = "package:"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# transformers raises ValueError for a folder of another kind, ImportError for a library that a format needs;
-# safetensors and huggingface_hub (for a configuration that contradicts itself) raise errors of their own.
-_LOADING = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
+# Kinds whose message is for the user; what else transformers raises on values that it did not foresee is no sentence.
+_SAID = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
 
 T = TypeVar("T")
 
@@ -50,9 +50,11 @@ def resolve_path(path: str, key: str = "model.path") -> str:
     The package is located, not imported: one that only carries weights may need libraries that are not installed.
 
     Raises:
-        UserError: no such package or folder; ``key`` is the setting that it names.
+        UserError: no such package or folder, with ``key``, the setting that names it; or a local folder with a damaged
+            JSON file.
     """
     if not path.startswith(_PACKAGE):
+        _check_json_files(Path(path), key)
         return path
     module, _, folder = path.removeprefix(_PACKAGE).partition("/")
     try:
@@ -65,6 +67,15 @@ def resolve_path(path: str, key: str = "model.path") -> str:
     if not found.is_dir():
         raise UserError(f"{key}={path}: the package has no folder {folder!r} at {found}")
     return str(found)
+
+
+def _check_json_files(folder: Path, key: str) -> None:
+    """Reads the JSON files in ``folder``: transformers passes over some that are damaged, and names few."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            read_json(path)
+        except UserError as error:
+            raise UserError(f"{key}={folder}: {error}") from None
 
 
 def local_folder(path: str, revision: str | None = None, key: str = "model.path") -> Path:
@@ -140,9 +151,6 @@ def loading(load: Callable[[], T], name: str) -> T:
         return load()
     except UserError:
         raise
-    except _LOADING as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{name}: {reason}") from None
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):  # transformers' advice, which would leave weights at random
             raise
@@ -150,6 +158,10 @@ def loading(load: Callable[[], T], name: str) -> T:
             f"{name}: the weights have other shapes than its config.json says; expected a checkpoint and its own "
             "configuration (the report above names the weights)"
         ) from None
+    except Exception as error:
+        kind = "" if isinstance(error, _SAID) else f"{type(error).__name__}: "
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{name}: {kind}{reason}") from None
 
 
 def weights_dtype(name: str) -> torch.dtype | str:

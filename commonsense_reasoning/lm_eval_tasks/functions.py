@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from commonsense_reasoning.extraction import first_answer, last_answer
+from commonsense_reasoning.items import Item, read_prepared
 from commonsense_reasoning.prompts import EVALUATE_PROMPTS
 from commonsense_reasoning.tasks import OUTPUT_PREFIX, TASKS, offered_labels
 from moslora_core.errors import UserError
-from moslora_core.record import read_json
-
-Item = dict[str, str]
 
 _FIELDS = ("id", "instruction", "input", "answer")
 
@@ -25,24 +24,11 @@ def read_items(data_dir: str | Path, task: str, split: str = "test") -> list[Ite
         UserError: unprepared or damaged data.
     """
     path = Path(data_dir) / split / f"{task}.json"
-    if not path.is_file():
-        raise UserError(
-            f"no {split} items at {path}; prepare them: python -m commonsense_reasoning.prepare_data "
-            "with the same scale"
-        )
-    rows = read_json(path)
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path}: expected a list of items, found {str(rows)[:40]}")
-    seen = set()
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in _FIELDS):
-            raise UserError(f"{path}: item {number} must be an object with the texts {', '.join(_FIELDS)}")
-        if row["id"] in seen:
-            raise UserError(f"{path}: item {number} has the id {row['id']!r} of an earlier one")
-        seen.add(row["id"])
-        if row["answer"] not in TASKS[task].labels:
-            raise UserError(f"{path}: {row['id']} has the answer {row['answer']!r}, which is no label of {task}")
-    return rows
+    items = read_prepared(path, TASKS[task].labels)
+    repeated = [identity for identity, count in Counter(item["id"] for item in items).items() if count > 1]
+    if repeated:
+        raise UserError(f"{path}: id {repeated[0]!r} comes more than once; expected distinct ones")
+    return items
 
 
 def labels(task: str, item: Item) -> list[str]:

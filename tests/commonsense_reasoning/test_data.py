@@ -167,11 +167,6 @@ def test_a_damaged_manifest_is_named(data, tokenizer, content):
     assert "manifest.json" in refusal(data, tokenizer)
 
 
-def test_a_damaged_training_file_is_named(data, tokenizer):
-    Path(data.dir, "train.json").write_text('[{"instruction": "x"}]')
-    assert "train.json[0]: field 'input' is missing" in refusal(data, tokenizer)
-
-
 # ------------------------------------------------------------------------------------------------------------- batches
 
 

@@ -461,7 +461,7 @@ def test_validation_files_are_an_evaluation_of_their_own(make_config, trained, d
     overrides = ["evaluation.tasks=[boolq]", "evaluation.split=validation"]
     config = make_config(*overrides)
     record = trained(config)
-    with pytest.raises(UserError, match=r"no validation items at .*validation/boolq\.json"):
+    with pytest.raises(UserError, match=r"no items at .*validation/boolq\.json"):
         evaluation.main(config)
     rows = json.loads((data_dir / "test" / "boolq.json").read_text())[:3]
     (data_dir / "validation").mkdir()

@@ -181,45 +181,6 @@ def test_test_items_are_the_first(data):
     assert manifest["subset"] == {"train_items": None, "test_items": 2, "seed": 0}
 
 
-# ----------------------------------------------------------------------------------------------------------- bad rows
-
-_GOOD = item("is it?")
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({k: v for k, v in _GOOD.items() if k != "output"}, "field 'output' is missing"),
-        (_GOOD | {"input": None}, "input must be a string, found NoneType"),
-        (_GOOD | {"instruction": "  "}, "instruction is empty"),
-        (_GOOD | {"answer": "maybe", "output": "maybe"}, "answer must be one of true/false, found 'maybe'"),
-        (_GOOD | {"output": "the correct answer is false"}, "output must state the answer 'true'"),
-        ("a string", "expected an object with instruction, input, output, answer, found str"),
-    ],
-)
-@pytest.mark.parametrize("name", ["train.json", "boolq/test.json"])
-def test_a_bad_row_is_named_by_file_and_index(data, source, name, row, expected):
-    (source / name).write_text(json.dumps([_GOOD, _GOOD, row]))
-    message = refusal(data)
-    assert f"{source / name}[2]: {expected}" in message
-    assert not Path(data.dir).exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (b"[", "is damaged: expected JSON"),
-        (b"[]", "expected items, found none"),
-        (b"{}", "expected a JSON list of items, found dict"),
-        (b'["\xff"]', "is damaged: expected JSON"),
-    ],
-)
-def test_a_bad_file_is_named(data, source, content, expected):
-    (source / "train.json").write_bytes(content)
-    message = refusal(data)
-    assert str(source / "train.json") in message and expected in message
-
-
 # ------------------------------------------------------------------------------------------------------ bad settings
 
 

@@ -28,7 +28,7 @@ def test_anything_else_is_a_hub_id(tmp_path, monkeypatch):
 
     monkeypatch.setattr(base_models, "snapshot_download", download)
     assert local_folder("some/model", "v1") == tmp_path and asked == [("some/model", "v1")]
-    with pytest.raises(UserError, match=r"^model\.llm=no/model: Repository Not Found$"):
+    with pytest.raises(UserError, match=r"^model\.llm=no/model: Repository Not Found for url$"):
         local_folder("no/model", key="model.llm")
 
 
@@ -73,7 +73,7 @@ def test_failures_of_loading_are_one_line():
 
     with pytest.raises(UserError) as caught:
         loading(fail, "model.path=x")
-    assert str(caught.value) == "model.path=x: first line"
+    assert str(caught.value) == "model.path=x: first line second line"
 
 
 def test_names_of_dtypes_and_quantisations_are_checked():

@@ -136,7 +136,7 @@ def _other_text_encoder(folder: Path) -> None:
     ("damage", "message"),
     [
         (lambda f: (f / "model_index.json").unlink(), "has no model_index.json; expected a pipeline"),
-        (lambda f: (f / "model_index.json").write_text("{"), "not a valid JSON"),
+        (lambda f: (f / "model_index.json").write_text("{"), "model_index.json is damaged: expected JSON"),
         (lambda f: change(f / "model_index.json", vae=["os", "system"]), "cannot be loaded"),
         (lambda f: change(f / "model_index.json", vae=["diffusers", "Nothing"]), "no class `Nothing`"),
         (lambda f: change(f / "model_index.json", vae=["some_module", "VAE"]), "some_module"),

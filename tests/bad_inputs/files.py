@@ -1,0 +1,68 @@
+"""What can be wrong with a file before anybody looks at what it says, as rows of the tables of bad inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .row import BadInput
+
+_DEEP = 100_000
+
+NOT_JSON: dict[str, bytes] = {
+    "is empty": b"",
+    "is cut off": b'[{"id": "0", "conv',
+    "is not UTF-8": b'["\xff\xfe"]',
+    "is UTF-16": "[]".encode("utf-16"),
+    "has a NUL byte": b'["a\x00b"]',
+    "has text after its end": b"[] []",
+    "nests too deep": b"[" * _DEEP + b"]" * _DEEP,
+    "is YAML": b"- id: 0\n",
+}
+
+
+def put(path: Path, content: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    return path
+
+
+def instead(file: str, before: Callable[[Path], object], content: bytes) -> Callable[[Path], object]:
+    """Writes what ``before`` writes, and ``content`` in place of one of its files."""
+
+    def write(folder: Path) -> None:
+        before(folder)
+        put(folder / file, content)
+
+    return write
+
+
+def unreadable(
+    what: str,
+    file: str,
+    before: Callable[[Path], object],
+    read: Callable[[Path], object],
+    contents: dict[str, bytes] = NOT_JSON,
+    names: tuple[str, ...] | None = None,
+) -> list[BadInput]:
+    """Rows of one file: not there, a folder, and everything that is not JSON.
+
+    Args:
+        before: writes everything as it should be.
+        names: see :class:`BadInput`; the file's name by default.
+    """
+    names = (Path(file).name,) if names is None else names
+
+    def remove(folder: Path) -> None:
+        before(folder)
+        (folder / file).unlink()
+
+    def replace(folder: Path) -> None:
+        remove(folder)
+        (folder / file).mkdir()
+
+    return [
+        BadInput(f"{what} is absent", remove, read, names),
+        BadInput(f"{what} is a folder", replace, read, names),
+        *(BadInput(f"{what} {wrong}", instead(file, before, bad), read, names) for wrong, bad in contents.items()),
+    ]
