@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .record import files_below, read_json
+from .record import files_below, locked, read_json
 
 MANIFEST_FILE = "manifest.json"
 
@@ -34,41 +32,46 @@ def sha256(path: Path) -> str:
 def new_folder(target: Path, setting: str = "data.dir") -> Iterator[Path]:
     """An empty folder to fill, which takes the place of ``target`` when the block ends without an error.
 
-    An earlier ``target`` stays as it is until then, and is replaced only if it is empty or has a manifest.
+    An earlier ``target`` stays as it is until then, and is replaced only if it is empty or has a manifest. What a
+    killed process left beside it is removed, or put back if it was replacing ``target``.
 
     Args:
         setting: what names the folder, for errors.
 
     Raises:
-        UserError: a target that cannot be written or that holds something else.
+        UserError: a target that cannot be written, that holds something else or that another process fills.
     """
     _refuse_other(target, setting)  # at once: filling may take hours
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    except OSError as error:
-        raise UserError(f"{setting}={target}: cannot write: {error.strerror}") from None
-    try:
-        yield temporary
-        os.chmod(temporary, 0o755)
-        _refuse_other(target, setting)
-        if target.exists():
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
-                target.rename(Path(aside) / "replaced")  # removed only when the new folder has its place
-                temporary.rename(target)
-        else:
-            temporary.rename(target)
-    except OSError as error:
-        raise UserError(f"{setting}={target}: cannot write: {error.strerror}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    place = target.absolute()  # which has a name where target is the working folder
+    new, old, lock = (place.with_name(f".{place.name}.{kind}") for kind in ("new", "old", "lock"))
+    with locked(lock, f"{setting}={target}"):
+        try:
+            _tidy(target, new, old)
+            new.mkdir()
+            yield new
+            _refuse_other(target, setting)
+            if target.exists():
+                target.rename(old)  # removed only when the new folder has its place
+            new.rename(target)
+        except OSError as error:
+            raise UserError(f"cannot write {setting}={target}: {error.strerror}") from None
+        finally:
+            _tidy(target, new, old)
+            lock.unlink(missing_ok=True)
+
+
+def _tidy(target: Path, new: Path, old: Path) -> None:
+    if old.exists() and not target.exists():
+        old.rename(target)
+    for folder in (new, old):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refuse_other(target: Path, setting: str) -> None:
     try:
         other = target.exists() and not (target / MANIFEST_FILE).exists() and any(target.iterdir())
     except OSError as error:
-        raise UserError(f"{setting}={target}: cannot write: {error.strerror}") from None
+        raise UserError(f"cannot write {setting}={target}: {error.strerror}") from None
     if other:
         raise UserError(f"{setting}={target} holds something else; expected a manifest in it or no such folder")
 

@@ -35,7 +35,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -390,7 +390,33 @@ def _knock_out(path: Path) -> KnockOut:
 
 
 class InUse(UserError):
-    """Another process holds a run's folder."""
+    """Another process holds a folder."""
+
+
+@contextmanager
+def locked(lock: Path, what: str) -> Iterator[Path]:
+    """Holds something against other processes by its lock file, which it gives; a killed process holds nothing.
+
+    Args:
+        what: is held, for errors.
+
+    Raises:
+        UserError: the lock's folder cannot be written, or another process holds the lock.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock, timeout=0)
+        held.acquire()
+    except Timeout:
+        raise InUse(f"{what} is in use by another process; wait for it or stop it") from None
+    except OSError as error:
+        raise UserError(f"cannot write {what}: {error.strerror}") from None
+    try:
+        yield lock
+    finally:
+        held.release()
 
 
 def override_label(overrides: Iterable[str]) -> str:
@@ -568,27 +594,8 @@ class RunRecord:
             self._note_environment(name, start=False)
             self.set_status("finished", name)
 
-    @contextmanager
-    def _locked(self) -> Iterator[Path]:
-        """Holds the folder against other processes; a killed one holds nothing. Gives the lock's file.
-
-        Raises:
-            UserError: if the folder cannot be written, or another process holds it.
-        """
-        from filelock import FileLock, Timeout
-
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", timeout=0)
-            lock.acquire()
-        except Timeout:
-            raise InUse(f"run folder {self.path} is in use by another process; wait for it or stop it") from None
-        except OSError as error:
-            raise UserError(f"cannot write run folder {self.path}: {error.strerror}") from None
-        try:
-            yield Path(lock.lock_file)
-        finally:
-            lock.release()
+    def _locked(self) -> AbstractContextManager[Path]:
+        return locked(self.path / ".lock", f"run folder {self.path}")
 
     def settle(self, stage: str, leftovers: Iterable[Path] = ()) -> None:
         """Marks a stage as finished whose process was killed between its results and its end.

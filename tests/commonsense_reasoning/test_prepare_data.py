@@ -254,7 +254,7 @@ def test_an_empty_folder_is_filled(data):
 def test_a_folder_that_cannot_be_made_is_named(data, tmp_path):
     (tmp_path / "file").write_text("")
     data.dir = str(tmp_path / "file" / "data")
-    assert f"data.dir={data.dir}: cannot write" in refusal(data)
+    assert f"cannot write data.dir={data.dir}: " in refusal(data)
 
 
 # ---------------------------------------------------------------------------------------------------------- real data

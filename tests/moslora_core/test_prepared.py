@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +35,58 @@ def test_an_error_leaves_what_was_there(tmp_path):
     fill(target, "one")
     with pytest.raises(RuntimeError, match="half way"), new_folder(target) as folder:
         (folder / "items.json").write_text("half")
+        raise RuntimeError("half way")
+    assert (target / "items.json").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def fork(work) -> multiprocessing.Process:
+    child = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    child.start()
+    return child
+
+
+def test_one_process_fills_a_folder_and_what_it_leaves_when_it_is_killed_is_removed(tmp_path):
+    target = tmp_path / "data"
+    fill(target, "one")
+    filling = multiprocessing.get_context("fork").Event()
+
+    def fill_for_ever() -> None:
+        with new_folder(target) as folder:
+            (folder / "items.json").write_text("half")
+            filling.set()
+            time.sleep(600)
+
+    child = fork(fill_for_ever)
+    assert filling.wait(60)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=rf"^data\.dir={target} is in use by another process; wait for it or stop it$"):
+        fill(target, "two")
+    assert sorted(tmp_path.rglob("*")) == before, "a living process keeps its own"
+    child.kill()
+    child.join()
+    assert (target / "items.json").read_text() == "one" and len(list(tmp_path.iterdir())) > 1
+    fill(target, "two")
+    assert (target / "items.json").read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_kill_while_a_folder_is_replaced_loses_neither(tmp_path, monkeypatch):
+    target = tmp_path / "data"
+    fill(target, "one")
+    rename = Path.rename
+
+    def killed_in_between(path: Path, to: Path) -> None:
+        rename(path, to)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def replace() -> None:
+        monkeypatch.setattr(Path, "rename", killed_in_between)
+        fill(target, "two")
+
+    fork(replace).join()
+    assert not target.exists()
+    with pytest.raises(RuntimeError, match="half way"), new_folder(target):
         raise RuntimeError("half way")
     assert (target / "items.json").read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
