@@ -14,7 +14,9 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 from safetensors import SafetensorError
 from transformers import TrainerCallback
@@ -22,6 +24,7 @@ from transformers import TrainerCallback
 from .errors import UserError
 from .prepared import sha256
 from .record import files_below, read_json, sync, write_json
+from .typed import build
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,14 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 # What torch.save says of a file that it cannot write, in whichever of its layers it notices.
 _TORCH_SAVE = ("PytorchStreamWriter failed", "inline_container.cc", "iostream error")
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+@dataclass(frozen=True)
+class _Seal:
+    """Attributes: number of processes whose states a checkpoint holds, and sha256 of its files by name."""
+
+    processes: Annotated[int, 1]
+    files: dict[str, str]
 
 
 def numbered(folder: Path) -> dict[int, Path]:
@@ -50,23 +61,28 @@ def seal(checkpoint: Path, processes: int) -> None:
     sync(checkpoint)
     paths = [path for path in files_below(checkpoint) if path != checkpoint / SEAL]
     files = {path.relative_to(checkpoint).as_posix(): sha256(path) for path in paths}
-    write_json(checkpoint / SEAL, {"processes": processes, "files": files})
+    write_json(checkpoint / SEAL, asdict(_Seal(processes, files)))
+
+
+def _read_seal(checkpoint: Path) -> _Seal:
+    path = checkpoint / SEAL
+    return build(_Seal, read_json(path), f"{path} is damaged")
 
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in words that name the file; None if it is as it was sealed."""
-    path = checkpoint / SEAL
-    if not path.exists():
+    if not (checkpoint / SEAL).exists():
         return f"{checkpoint} has no {SEAL}: it was being written when the run stopped"
     try:
-        files = read_json(path)["files"]
-        for name, expected in files.items():
+        for name, expected in _read_seal(checkpoint).files.items():
             if not (checkpoint / name).is_file():
                 return f"{checkpoint / name} is missing"
             if sha256(checkpoint / name) != expected:
                 return f"{checkpoint / name} is damaged: its sha256 is not the one in {SEAL}"
-    except (UserError, OSError, TypeError, KeyError, AttributeError) as error:
-        return f"{path} is damaged: {error}"
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"{checkpoint} cannot be read: {error}"
     return None
 
 
@@ -83,7 +99,7 @@ def newest_whole(folder: Path, processes: int) -> Path | None:
         if (wrong := damage(checkpoint)) is not None:
             logger.warning("%s; going on from before it", wrong)
             continue
-        if (found := read_json(checkpoint / SEAL)["processes"]) != processes:
+        if (found := _read_seal(checkpoint).processes) != processes:
             raise UserError(
                 f"{checkpoint} is of a training on {found} process{'es' if found > 1 else ''}, but {processes} "
                 f"started; start torchrun --nproc_per_node {found}, or remove the folder to begin anew"

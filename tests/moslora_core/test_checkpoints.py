@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from moslora_core.checkpoints import SEAL, Sealing, damage, newest_whole, numbered, seal, writing
 from moslora_core.errors import UserError
+from moslora_core.record import read_json, write_json
 
 
 def written(folder: Path, step: int) -> Path:
@@ -39,6 +40,10 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def edit_seal(checkpoint: Path, **changes: object) -> None:
+    write_json(checkpoint / SEAL, read_json(checkpoint / SEAL) | changes)
+
+
 # --------------------------------------------------------------------------------------------------------------- seal
 
 
@@ -56,7 +61,12 @@ def test_a_sealed_checkpoint_is_whole_and_what_is_not_sealed_was_being_written(t
         (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt is missing"),
         (lambda c: truncate(c / SEAL) or truncate(c / SEAL), "seal.json is damaged: "),
         (lambda c: (c / SEAL).write_text("[]"), "seal.json is damaged: "),
-        (lambda c: (c / SEAL).write_text('{"files": 3}'), "seal.json is damaged: "),
+        (lambda c: edit_seal(c, files=3), "seal.json is damaged: files must be an object, found 3"),
+        (lambda c: edit_seal(c, files={"optimizer.pt": 3}), "seal.json is damaged: files.optimizer.pt must be text"),
+        (lambda c: edit_seal(c, processes=None), "seal.json is damaged: processes must be a whole number"),
+        (lambda c: edit_seal(c, processes="1"), "seal.json is damaged: processes must be a whole number"),
+        (lambda c: edit_seal(c, processes=0), "seal.json is damaged: processes must be a whole number at least 1"),
+        (lambda c: (c / SEAL).write_text('{"files": {}}'), "seal.json is damaged: processes is missing"),
     ],
 )
 def test_damage_is_named(tmp_path, harm, expected):
@@ -71,14 +81,17 @@ def test_a_run_goes_on_from_the_newest_whole_one(tmp_path, caplog):
     written(tmp_path, 12)
     assert newest_whole(tmp_path, 1).name == "checkpoint-11"
     flip(tmp_path / "checkpoint-11" / "optimizer.pt", 3)
+    sealed(tmp_path, 13)
+    edit_seal(tmp_path / "checkpoint-13", processes="one")
     caplog.clear()
     assert newest_whole(tmp_path, 1).name == "checkpoint-10"
-    unfinished, damaged = caplog.messages
+    no_number, unfinished, damaged = caplog.messages
+    assert "checkpoint-13/seal.json is damaged: processes" in no_number
     assert "checkpoint-12 has no seal.json" in unfinished and "checkpoint-11/optimizer.pt is damaged" in damaged
     for step in (9, 10):
         (tmp_path / f"checkpoint-{step}" / SEAL).unlink()
     assert newest_whole(tmp_path, 1) is None and newest_whole(tmp_path / "absent", 1) is None
-    assert len(numbered(tmp_path)) == 4, "all of them stay: other processes may be looking too"
+    assert len(numbered(tmp_path)) == 5, "all of them stay: other processes may be looking too"
 
 
 def test_another_number_of_processes_is_refused(tmp_path):
