@@ -22,6 +22,7 @@ from omegaconf import MISSING
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from . import launch
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME
@@ -419,6 +420,18 @@ def _loraplus(model: PeftModel, method: MethodConfig, training: TrainingConfig) 
     )
 
 
+def _keep_no_checkpoints(arguments: TrainingArguments) -> None:
+    """For AdaLoRA, of which PEFT saves the ranks that a step has left, and nothing by which it prunes the next ones.
+
+    Loading them into a model in training, to go on or to end with the best, fails on their shapes.
+    """
+    if arguments.save_strategy != SaveStrategy.NO:
+        logger.warning("AdaLoRA has no checkpoints to go on from: a training that is stopped starts again")
+    if arguments.load_best_model_at_end:
+        logger.warning("nor can its best step be kept (training.load_best): the adapter is that of the last")
+    arguments.save_strategy, arguments.load_best_model_at_end = SaveStrategy.NO, False
+
+
 def _leave_process_group() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -434,6 +447,9 @@ def fit(method: MethodConfig, training: TrainingConfig, record: RunRecord, prepa
     trainable, total = model.get_nb_trainable_parameters()
     counts = f"{trainable:,} trainable of {total:,} parameters"
     logger.info("%s: %s, %d steps", method.name, counts, arguments.max_steps)
+    if method.tuner == "adalora":
+        _keep_no_checkpoints(arguments)
+    takes_best = arguments.load_best_model_at_end
 
     checkpoint = resume_point(record)
     if checkpoint:
@@ -462,7 +478,7 @@ def fit(method: MethodConfig, training: TrainingConfig, record: RunRecord, prepa
     trainer.add_callback(Sealing(record.checkpoints_path, training.save_total_limit, world_size()))
     with writing(record.path):
         output = trainer.train(resume_from_checkpoint=checkpoint)
-    if training.load_best and (best := trainer.state.best_model_checkpoint) and (wrong := damage(Path(best))):
+    if takes_best and (best := trainer.state.best_model_checkpoint) and (wrong := damage(Path(best))):
         raise UserError(f"the checkpoint of the lowest validation loss cannot be used: {wrong}; train the run again")
     if not math.isfinite(output.training_loss):  # steps after the last logged one
         raise _diverged(output.global_step, "loss", output.training_loss)
@@ -482,7 +498,7 @@ def fit(method: MethodConfig, training: TrainingConfig, record: RunRecord, prepa
         trainable_parameters=trainable,
         total_parameters=total,
         final_loss=losses[-1] if losses else None,
-        validation_loss=min(validation) if validation and training.load_best else (validation or [None])[-1],
+        validation_loss=min(validation) if validation and takes_best else (validation or [None])[-1],
     )
 
 

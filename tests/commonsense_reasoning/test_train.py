@@ -202,6 +202,22 @@ def test_a_killed_run_resumes_to_the_same_adapter(config, tmp_path, kill_at, met
     assert record.status().state == "finished" and not record.checkpoints_path.exists()
 
 
+def test_a_killed_adalora_starts_again(config, tmp_path, kill_at, caplog):
+    """PEFT cannot go on with it, nor load its best step into the model that has been trained on."""
+    config = having(config, method=METHODS["adalora"], training__max_steps=10, data__validation_items=4)
+    config = having(config, training__eval_steps=2, training__load_best=True)
+    undisturbed = having(config, runs_dir=str(tmp_path / "undisturbed"))
+    main(undisturbed)
+    kill_at(5)
+    with pytest.raises(Killed):
+        main(config)
+    assert not list(locate(config).checkpoints_path.iterdir())
+    main(config)
+    assert log_of(config) == log_of(undisturbed)
+    assert same(adapter_of(config), adapter_of(undisturbed))
+    assert "a training that is stopped starts again" in caplog.text and "that of the last" in caplog.text
+
+
 def test_an_unfinished_or_damaged_checkpoint_is_not_resumed(config, tmp_path, kill_at, caplog):
     undisturbed = having(config, runs_dir=str(tmp_path / "undisturbed"), training__save_steps=1)
     main(undisturbed)

@@ -22,7 +22,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import Linear as LoraLinear
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -649,6 +649,15 @@ def test_hot_swapping_is_refused_by_peft(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises((KeyError, ValueError), match="MOSLORA"):
         hotswap_adapter(model, str(tmp_path), "default")
+
+
+def test_preparing_for_compiled_hot_swapping_folds_the_mixer():
+    """PEFT pads factors to a common rank in layers of its own: the same update, and no mixer to train any more."""
+    model, x = scramble(LINEAR.model()), LINEAR.batch()
+    expected = model(x)
+    prepare_model_for_compiled_hotswap(model, target_rank=16)
+    torch.testing.assert_close(model(x), expected)
+    assert not [name for name, _ in model.named_parameters() if "mixer" in name]
 
 
 def test_lora_config_on_a_moslora_model_is_pefts_error():
