@@ -17,6 +17,7 @@ import fcntl
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -149,22 +150,22 @@ class Runner:
     runs_dir: Path
     jobs: int = 1
     launch: Sequence[str] = ()
+    _held: IO | None = None
     _running: list[_Running] = field(default_factory=list)
     _tried: dict[Wanted, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
-        """Logs, and the lock that keeps a second runner out."""
+        """Logs, and the locks that keep a second runner out."""
         return self.runs_dir / "studies" / self.study.name
 
     def run(self) -> dict[Wanted, str]:
         """Runs all that is missing; returns the runs that could not be made, with the reasons.
 
         Raises:
-            UserError: another process runs the study; data that cannot be prepared.
+            UserError: another process runs the study; data that cannot be prepared; a folder that cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _lock(self.folder / "lock"):
+        with _lock(self.folder / "lock"), _left_behind(self.folder / "commands.lock") as self._held:
             bar = tqdm(desc=self.study.name, unit="run", disable=None)
             try:
                 while self._step(bar):
@@ -173,6 +174,8 @@ class Runner:
                 bar.close()
                 for running in self._running:  # they resume where they stop
                     running.process.terminate()
+                for running in self._running:
+                    running.process.wait()
         return self._tried
 
     def _step(self, bar: tqdm) -> bool:
@@ -197,7 +200,7 @@ class Runner:
             if self._records(job) & {path for running in self._running for path in self._records(running.job)}:
                 continue  # two evaluations of one run are two jobs
             for command in unprepared(job.runs):
-                _finish(command, self.folder / "prepare_data.log")
+                _finish(command, self.folder / "prepare_data.log", self._held)
             self._launch(job)
 
     def _records(self, job: Job) -> set[Path]:
@@ -211,7 +214,7 @@ class Runner:
     def _next(self, running: _Running) -> None:
         command = running.commands.pop(0)
         logger.info("%s: %s", running.job.name, shlex.join(command[1:]))
-        running.process = _start(command, running.log, threads=max(1, (os.cpu_count() or 1) // self.jobs))
+        running.process = _start(command, running.log, self._held, threads=max(1, (os.cpu_count() or 1) // self.jobs))
         self._running.append(running)
 
     def _after(self, running: _Running) -> None:
@@ -228,13 +231,27 @@ class Runner:
         if running.commands and trained.runs:
             self._next(_Running(trained, trained.commands(self.runs_dir, ())[-1:], running.log))
         elif len(left) == len(running.job.runs):
-            reason = _last_line(running.log)
+            code = running.process.returncode
+            reason = f"killed by signal {-code}" if code < 0 else _last_line(running.log)
             logger.error("%s: %s (%s)", running.job.name, reason, running.log)
             self._tried |= dict.fromkeys(left, reason)
 
 
-def _start(command: Sequence[str], log: Path, threads: int) -> subprocess.Popen:
-    with open(log, "ab") as file:
+def _appending(path: Path) -> IO[bytes]:
+    """Opens a file in the study's folder to add to it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a+b")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; expected a writable folder") from None
+
+
+def _start(command: Sequence[str], log: Path, held: IO, threads: int) -> subprocess.Popen:
+    with _appending(log) as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
         file.flush()
         return subprocess.Popen(
@@ -243,12 +260,13 @@ def _start(command: Sequence[str], log: Path, threads: int) -> subprocess.Popen:
             stdout=file,
             stderr=subprocess.STDOUT,
             env={"OMP_NUM_THREADS": str(threads)} | os.environ,
+            pass_fds=[held.fileno()],
         )
 
 
-def _finish(command: Sequence[str], log: Path) -> None:
+def _finish(command: Sequence[str], log: Path, held: IO) -> None:
     logger.info(shlex.join(command[1:]))
-    if _start(command, log, threads=1).wait():
+    if _start(command, log, held, threads=1).wait():
         raise UserError(f"{_last_line(log)} (from: {shlex.join(command[1:])})")
 
 
@@ -261,15 +279,34 @@ def _last_line(log: Path) -> str:
 @contextmanager
 def _lock(path: Path) -> Iterator[IO]:
     """Keeps a second runner of the study out; a killed one holds nothing."""
-    with open(path, "a+", encoding="utf-8") as file:
+    with _appending(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise UserError(f"process {file.read().strip()} is running this study ({path})") from None
+            raise UserError(f"process {file.read().decode().strip()} is running this study ({path})") from None
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
+        file.write(f"{os.getpid()}\n".encode())
         file.flush()
+        yield file
+
+
+@contextmanager
+def _left_behind(path: Path) -> Iterator[IO]:
+    """Waits for commands that a killed runner has left behind: they run on, and hold the folders of their runs.
+
+    Gives a locked file that the commands are to inherit; it stays locked until the last of them has ended.
+    """
+    with _appending(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning(
+                "what a killed runner of this study had started is still at work; waiting for its end (fuser %s has "
+                "the processes)",
+                path,
+            )
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield file
 
 
@@ -317,9 +354,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _detach(study: Study, arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     log = Runner(study, arguments.runs).folder / "study.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "analysis.study", *(word for word in argv if word != "--background")]
-    with open(log, "ab") as file:
+    with _appending(log) as file:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -358,4 +394,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` stops what it has started, as Ctrl-C does
     raise SystemExit(main())

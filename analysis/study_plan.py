@@ -294,7 +294,8 @@ class State:
 
 
 def state_of(run: Wanted, runs_dir: Path) -> State:
-    """What is there of one run. A training that failed stays so until somebody removes or repeats it.
+    """What is there of one run. A training that failed stays so until somebody removes or repeats it; one that was
+    stopped by hand is missing.
 
     Raises:
         UserError: a damaged record.
@@ -306,7 +307,7 @@ def state_of(run: Wanted, runs_dir: Path) -> State:
     results = record.results()
     if (found := results.evaluations.get(run.evaluation)) is not None:
         return State(DONE, mean=found.mean)
-    if status.state == "failed" and status.stage == "train":
+    if status.state == "failed" and status.stage == "train" and not status.interrupted:
         return State(FAILED, reason=status.reason)
     return State(MISSING)
 

@@ -51,6 +51,7 @@ T = TypeVar("T")
 
 SCHEMA_VERSION = 1
 STATES = ("running", "finished", "failed")
+INTERRUPTED = "interrupted"
 _KEPT = re.compile(r"step-(\d+)")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PACKAGES = (
@@ -198,6 +199,11 @@ class Status:
     stage: str
     reason: str | None = None
     updated: str = ""
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the stage was stopped by hand: nothing is wrong with it, and it goes on when it is started again."""
+        return self.state == "failed" and self.reason == INTERRUPTED
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -585,7 +591,7 @@ class RunRecord:
                 yield
             except BaseException as error:
                 interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-                reason = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
+                reason = INTERRUPTED if interrupted else f"{type(error).__name__}: {error}"
                 try:
                     self.set_status("failed", name, reason.splitlines()[0] if reason else None)
                 except UserError as unwritten:  # a full disk, which must not hide what went wrong

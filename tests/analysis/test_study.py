@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from analysis import rates_figure
 from analysis.load import load_runs
 from analysis.results import main as main_results
 from analysis.study import Runner, jobs_of, listing, main
-from analysis.study_plan import COMPARISON, DONE, FAILED, GRID, MISSING, Progress, choose, read_study
+from analysis.study_plan import COMPARISON, DONE, FAILED, GRID, MISSING, Progress, choose, read_study, state_of
 from analysis.study_view import missing, study_runs
 from analysis.task_table import rates_fact
 from moslora_core import launch
@@ -343,6 +346,65 @@ def test_a_second_runner_is_refused_and_a_dead_one_is_not_waited_for(define, toy
         holder.kill()
         holder.wait()
     assert Runner(study, runs, jobs=2).run() == {}
+
+
+def test_what_a_killed_runner_left_behind_is_waited_for(define, toy, caplog):
+    """Only the runner is killed: its sweep goes on, and no second process works on the same runs meanwhile."""
+    train = toy / "toy_experiment" / "train.py"
+    waits = "import time\nfrom pathlib import Path\nPath('trains').touch()\n"
+    waits += "while not Path('go').exists():\n    time.sleep(0.02)\n"
+    train.write_text(waits + train.read_text())
+    study, runs = define(), Path("runs")
+    runner = multiprocessing.get_context("fork").Process(target=Runner(study, runs).run)
+    runner.start()
+    while not Path("trains").exists():
+        time.sleep(0.02)
+    runner.kill()
+    runner.join()
+
+    def let_go():
+        deadline = time.monotonic() + 20
+        while "waiting for its end" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.02)
+        Path("go").touch()
+
+    threading.Thread(target=let_go, daemon=True).start()
+    assert Runner(study, runs).run() == {}
+    assert Progress(study, runs).of_state(MISSING) == [] and "waiting for its end" in caplog.text
+    calls = Path("calls.txt").read_text().splitlines()
+    trained = [call for call in calls if call.startswith("train ")]
+    assert len(trained) == len(set(trained)), "what was left behind is not made a second time"
+
+
+def test_runs_that_were_stopped_by_hand_have_not_failed(define, tmp_path):
+    run = Progress(define(), tmp_path).of_state(MISSING)[0]
+    for stopped, state in ((KeyboardInterrupt(), MISSING), (UserError("no such model"), FAILED)):
+        with pytest.raises(type(stopped)), run.record(tmp_path).stage("train"):
+            raise stopped
+        assert state_of(run, tmp_path).state == state
+
+
+def test_a_sweep_that_was_killed_is_told_as_such(define, toy, capsys):
+    (toy / "toy_experiment" / "train.py").write_text(
+        "import os\nprint('step 1', flush=True)\nos.kill(os.getpid(), 9)\n"
+    )
+    define()
+    assert main(["toy.yaml"]) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: runs/")]
+    assert told and all(line.endswith(": killed by signal 9") for line in told)
+    assert Progress(define(), Path("runs")).of_state(FAILED) == []
+
+
+@pytest.mark.parametrize("options", [[], ["--background"]])
+@pytest.mark.parametrize("blocked", ["runs", "runs/studies/toy"])
+def test_a_folder_that_cannot_be_written_is_told_in_a_line(define, toy, capsys, blocked, options):
+    """A file in the place of a folder, which keeps root out too."""
+    define()
+    Path(blocked).parent.mkdir(parents=True, exist_ok=True)
+    Path(blocked).touch()
+    assert main(["toy.yaml", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: cannot write runs/studies/toy/") and line.endswith("; expected a writable folder")
 
 
 # ---------------------------------------------------------------------------------------------------------------- view
