@@ -65,6 +65,7 @@ class TrainingConfig:
         max_steps: optimiser steps; null trains for ``epochs``.
         precision: fp32 | bf16 | fp16 autocast, or auto: bf16 on GPUs that have it, fp32 elsewhere.
         group_by_length: batches of examples of similar length.
+        logging_steps: steps between logged losses, each the mean since the one before; a checkpoint logs one too.
         eval_steps: steps between validations; null for none.
         save_steps: steps between resumable checkpoints; null for none.
         save_total_limit: checkpoints that are kept, the newest ones, and the best beside them under ``load_best``.
@@ -309,6 +310,14 @@ class Recorder(TrainerCallback):
         return {"samples": state.global_step * batch}
 
 
+class LogAtCheckpoints(TrainerCallback):
+    """Logs at every checkpoint too: a resumed training has no loss of the steps before it to average over."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save and state.global_step < state.max_steps:
+            control.should_log = True
+
+
 class AdaLoraBudget(TrainerCallback):
     """AdaLoRA prunes its ranks after each optimiser step, while the gradients are still there."""
 
@@ -336,7 +345,7 @@ class AdapterCopies(TrainerCallback):
 def _callbacks(
     method: MethodConfig, training: TrainingConfig, record: RunRecord, stopwatch: Stopwatch
 ) -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = [Recorder(record, stopwatch)]
+    callbacks: list[TrainerCallback] = [Recorder(record, stopwatch), LogAtCheckpoints()]
     if method.tuner == "adalora":
         callbacks.append(AdaLoraBudget())
     if training.tensorboard and is_main_process():

@@ -218,6 +218,18 @@ def test_a_killed_adalora_starts_again(config, tmp_path, kill_at, caplog):
     assert "a training that is stopped starts again" in caplog.text and "that of the last" in caplog.text
 
 
+def test_a_checkpoint_between_logged_steps_changes_no_logged_loss(config, tmp_path, kill_at):
+    config = having(config, training__logging_steps=2, training__save_steps=3, training__max_steps=4)
+    undisturbed = having(config, runs_dir=str(tmp_path / "undisturbed"))
+    main(undisturbed)
+    kill_at(3)
+    with pytest.raises(Killed):
+        main(config)
+    main(config)
+    assert [step for step, _ in log_of(config)] == [2, 3, 4]
+    assert log_of(config) == log_of(undisturbed)
+
+
 def test_an_unfinished_or_damaged_checkpoint_is_not_resumed(config, tmp_path, kill_at, caplog):
     undisturbed = having(config, runs_dir=str(tmp_path / "undisturbed"), training__save_steps=1)
     main(undisturbed)
