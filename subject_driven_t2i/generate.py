@@ -12,7 +12,7 @@ import hashlib
 import io
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,10 @@ def _is_done(record: RunRecord, expected: str, wanted: Sequence[Request], on_fin
     return True
 
 
+def _key(request: Request) -> tuple[int, int]:
+    return request.prompt_index, request.index
+
+
 def _finished_before(record: RunRecord, expected: str, overwrite: bool) -> set[tuple[int, int]]:
     """Images that an earlier start drew and that are kept, as (prompt, image); everything else is removed."""
     keeps = _facts(record).get("fingerprint") == expected and not overwrite
@@ -149,20 +153,29 @@ def _write_image(record: RunRecord, request: Request, image: Image.Image) -> Dra
 # ---------------------------------------------------------------------------------------------------------------- draw
 
 
-def generate(config: Config, record: RunRecord, adapter: Path | None, wanted: Sequence[Request]) -> None:
-    """Draws the images of ``wanted`` into the record, batch by batch.
+def generate(
+    config: Config, record: RunRecord, adapter: Path | None, wanted: Sequence[Request], done: Set[tuple[int, int]]
+) -> None:
+    """Draws the images of ``wanted`` into the record, batch by batch, but for those that are ``done``.
+
+    An image's last bit depends on its batch: one of which some are done is drawn whole, and what is missing is kept.
 
     Raises:
         UserError: a model or an adapter that does not load, or an image that is not finite.
     """
     generation, resolution = config.generation, resolution_of(config)
+    batches = [wanted[start : start + generation.batch_size] for start in range(0, len(wanted), generation.batch_size)]
+    batches = [batch for batch in batches if not done.issuperset(map(_key, batch))]
+    if not batches:
+        return
     pipeline = load_pipeline(config.model)
     adapt(pipeline.unet, adapter, config.model)
-    captions = encode_captions(pipeline, [request.prompt for request in wanted], generation.negative_prompt)
-    for start in tqdm(range(0, len(wanted), generation.batch_size), "drawing", unit="batch", disable=None):
-        batch = wanted[start : start + generation.batch_size]
+    prompts = [request.prompt for batch in batches for request in batch]
+    captions = encode_captions(pipeline, prompts, generation.negative_prompt)
+    for batch in tqdm(batches, "drawing", unit="batch", disable=None):
         for request, image in zip(batch, draw(pipeline, batch, captions, generation, resolution), strict=True):
-            _write_image(record, request, image)
+            if _key(request) not in done:
+                _write_image(record, request, image)
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -184,11 +197,9 @@ def main(config: Config) -> None:
         if is_base(config) and not record.config_path.exists():
             write_atomic(record.config_path, launch.dump(config))
         done = _finished_before(record, expected, config.on_finished == "overwrite")
-        pending = [request for request in wanted if (request.prompt_index, request.index) not in done]
         if done:
             logger.info("%d of %d images were drawn before", len(done), len(wanted))
-        if pending:
-            generate(config, record, adapter, pending)
+        generate(config, record, adapter, wanted, done)
         facts = {"fingerprint": expected, "finished": True, "images": len(wanted), "settings": settings(config)}
         write_json(record.path / FACTS, facts)
     logger.info("%d images in %s", len(wanted), record.path / IMAGES_FOLDER)

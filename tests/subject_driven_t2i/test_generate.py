@@ -187,12 +187,46 @@ def test_a_killed_generation_goes_on_with_the_rest(trained, monkeypatch):
     before = stamps(trained)
     (locate(trained).path / "images.jsonl").open("a").write('{"prompt_index": 1, "ind')  # torn by the kill
     generate.main(having(trained, generation__batch_size=3))  # another batch may be why it is started again
-    assert calls[2:] == [3, 1]
+    assert calls[2:] == [3, 3], "whole batches, of the first one what is missing"
     assert {name: stamp for name, stamp in stamps(trained).items() if name in before} == before
     found, expected = images_of(trained), images_of(undisturbed)
     assert found.keys() == expected.keys() and len(found) == COUNT
     for file in expected:
         assert np.abs(found[file].astype(int) - expected[file]).max() <= 1
+
+
+def test_a_generation_killed_inside_a_batch_draws_the_same_bits(trained, monkeypatch):
+    trained = having(trained, generation__batch_size=4)
+    undisturbed = having(trained, runs_dir=str(Path(trained.runs_dir).parent / "undisturbed"))
+    place(undisturbed)
+    generate.main(undisturbed)
+    written, batches = [], []
+    original_write, original_draw = generate._write_image, generate.draw
+
+    def dying(record, request, image):
+        if len(written) == 3:
+            written.clear()
+            raise Killed
+        written.append(request)
+        return original_write(record, request, image)
+
+    def watched(pipeline, wanted, *arguments):
+        batches.append(list(wanted))
+        return original_draw(pipeline, wanted, *arguments)
+
+    monkeypatch.setattr(generate, "_write_image", dying)
+    with pytest.raises(Killed):
+        generate.main(trained)
+    before = stamps(trained)
+    monkeypatch.setattr(generate, "_write_image", original_write)
+    monkeypatch.setattr(generate, "draw", watched)
+    generate.main(trained)
+    assert [len(batch) for batch in batches] == [4, 2], "a batch of one would differ in its last bits"
+    assert {name: stamp for name, stamp in stamps(trained).items() if name in before} == before
+    files = [image.file for image in read_drawn(locate(undisturbed))]
+    assert [image.file for image in read_drawn(locate(trained))] == files and len(files) == COUNT
+    for file in files:
+        assert (locate(trained).path / file).read_bytes() == (locate(undisturbed).path / file).read_bytes(), file
 
 
 def test_finished_images_are_kept_unless_they_are_to_go(trained):
