@@ -49,6 +49,14 @@ torch.set_num_threads(1)
 if os.environ.get("DS_ACCELERATOR"):
     import deepspeed.ops
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled for minutes
+if os.environ.get("KILL_AT"):
+    from transformers import Trainer
+    training_step = Trainer.training_step
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == int(os.environ["KILL_AT"]):
+            os.kill(os.getpid(), 9)
+        return training_step(self, *args, **kwargs)
+    Trainer.training_step = killed
 from omegaconf import OmegaConf
 from {experiment}.config import Config
 from {experiment}.train import main
@@ -59,7 +67,7 @@ launch.end_process()
 
 
 def launched(experiment: str, config: Any, folder: Path, processes: int, **environment: str) -> None:
-    """Trains ``config`` in so many processes, as torchrun would."""
+    """Trains ``config`` in so many processes, as torchrun would; ``KILL_AT`` kills them as they begin a step."""
     name = hashlib.sha256(repr(config).encode()).hexdigest()[:8]
     settings, script = folder / f"{name}.yaml", folder / "launcher.py"
     settings.write_text(launch.dump(config))
@@ -73,7 +81,7 @@ def launched(experiment: str, config: Any, folder: Path, processes: int, **envir
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    assert (done.returncode == 0) == ("KILL_AT" not in environment), f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
 
 
 def assert_close(first: RunRecord, second: RunRecord, steps: int) -> None:

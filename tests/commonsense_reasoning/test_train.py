@@ -584,3 +584,17 @@ def test_zero_trains_as_one_process(deterministic, tmp_path, stage):
     assert training_runs.same(end, trained)
     assert {name: tensor.shape for name, tensor in start.items()} == {n: tensor.shape for n, tensor in trained.items()}
     assert all(tensor.any() != name.endswith(("lora_B.weight", "lora_B.raw")) for name, tensor in start.items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_a_killed_run_of_two_processes_resumes_to_the_same_adapter(deterministic, tmp_path):
+    """Under ZeRO-3, which has each process save its part of the optimiser and the parameters."""
+    config = having(deterministic, training__deepspeed="zero3", training__save_steps=2)
+    undisturbed = having(config, runs_dir=str(tmp_path / "undisturbed"))
+    launched(undisturbed, tmp_path, processes=2, DS_ACCELERATOR="cpu")
+    launched(config, tmp_path, processes=2, DS_ACCELERATOR="cpu", KILL_AT="3")
+    assert [path.name for path in locate(config).checkpoints_path.iterdir()] == ["checkpoint-2"]
+    launched(config, tmp_path, processes=2, DS_ACCELERATOR="cpu")
+    assert log_of(config) == log_of(undisturbed)
+    assert same(adapter_of(config), adapter_of(undisturbed))
