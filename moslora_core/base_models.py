@@ -151,14 +151,13 @@ def loading(load: Callable[[], T], name: str) -> T:
         return load()
     except UserError:
         raise
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):  # transformers' advice, which would leave weights at random
-            raise
-        raise UserError(
-            f"{name}: the weights have other shapes than its config.json says; expected a checkpoint and its own "
-            "configuration (the report above names the weights)"
-        ) from None
     except Exception as error:
+        # transformers' advice, which would leave weights at random
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
+            raise UserError(
+                f"{name}: the weights have other shapes than its config.json says; expected a checkpoint and its own "
+                "configuration (the report above names the weights)"
+            ) from None
         kind = "" if isinstance(error, _SAID) else f"{type(error).__name__}: "
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{name}: {kind}{reason}") from None

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .errors import UserError
+
+
+def is_below(name: str) -> bool:
+    """Whether a path in a file leads nowhere but down, on any system; links on its way are the user's own."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    return not (posix.is_absolute() or windows.drive or windows.root or ".." in (*posix.parts, *windows.parts))
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that is too long for the file system is that of none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def inside(folder: Path, name: str, where: str) -> Path:

@@ -107,14 +107,8 @@ def _without_warnings() -> Iterator[None]:
 
 
 def _load(load: Callable[[], Any], name: str) -> Any:
-    """:func:`moslora_core.base_models.loading`, for weights that diffusers cannot put into a part."""
-    try:
-        with _without_warnings():
-            return loading(load, name)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        detail = next((line for line in lines if "size mismatch" in line), lines[0] if lines else repr(error))
-        raise UserError(f"{name}: {detail[:300]}") from None
+    with _without_warnings():
+        return loading(load, name)
 
 
 def _check_parts(pipeline: StableDiffusionXLPipeline, name: str) -> None:

@@ -7,7 +7,6 @@ first question; here such a conversation has a fault like any other, to be refus
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -15,11 +14,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from moslora_core.errors import UserError
-from moslora_core.record import read_json
+from moslora_core.paths import is_below, is_file
+from moslora_core.record import parse_json, read_json
 
 from .chat import ASSISTANT, HUMAN, IMAGE
 from .images import open_image
@@ -93,7 +93,7 @@ class Faults:
 
 def check_item(row: Any) -> Fault | None:
     """The first fault of an instruction's text and of the form of its image path, or None."""
-    if not isinstance(row, dict) or not isinstance(row.get("id"), str | int):
+    if not isinstance(row, dict) or type(row.get("id")) not in (str, int):
         return Fault("layout", _short(row), "an object with id and conversations")
     turns = row.get("conversations")
     if not isinstance(turns, list):
@@ -136,8 +136,7 @@ def _check_image_path(image: Any) -> Fault | None:
         return None
     if not isinstance(image, str) or not image.strip():
         return Fault("layout", f"image {_short(image)}", "a path below data.image_root")
-    posix, windows = PurePosixPath(image), PureWindowsPath(image)  # a link inside the root is the user's own
-    if posix.is_absolute() or windows.drive or windows.root or ".." in posix.parts or ".." in windows.parts:
+    if not is_below(image):
         return Fault("image_outside", repr(image), "a path that stays below data.image_root")
     return None
 
@@ -151,7 +150,7 @@ def check_image(item: Item, root: Path, how: str) -> Fault | None:
     if "image" not in item or how == "none":
         return None
     path = root / item["image"]
-    if not path.is_file():
+    if not is_file(path):
         return Fault("image_missing", f"no file {path}", "an image")
     if how == "decode":
         try:
@@ -264,7 +263,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _read_line(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise UserError(f"{where} is damaged: expected a JSON object, found {error}") from None
     if not isinstance(row, dict):

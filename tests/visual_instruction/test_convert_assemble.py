@@ -271,7 +271,10 @@ BAD = [
     (_no_config, r"llm: has no config\.json; expected a model's folder \(llama or internlm2\)"),
     (_not_json, r"llm/config\.json is damaged: expected JSON"),
     (_wrong_type, r"config\.json: model_type is 'gpt2'; expected llama or internlm2"),
-    (_missing_shard, r"model-00001-of-\d+\.safetensors: missing, though model\.safetensors\.index\.json names it"),
+    (
+        _missing_shard,
+        r"model\.safetensors\.index\.json: names the file 'model-00001-of-\d+\.safetensors', which is not in ",
+    ),
     (_cut_shard, r"model-00001-of-\d+\.safetensors: not a complete safetensors file"),
     (_pickle, r"vision: holds pytorch_model\.bin, a pickle, which is not read"),
     (_other_shape, r"fc1\.(weight|bias) has shape \(48.*\); expected \(40.*\)"),

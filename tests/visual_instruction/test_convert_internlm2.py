@@ -371,7 +371,10 @@ BAD = [
     (_set(num_attention_heads=5, num_key_value_heads=5), r"config\.json: .*hidden_size.* 48.*num_attention_heads.* 5"),
     (_set(rope_scaling={"type": "yarn", "factor": 2.0}), r"config\.json: rope_scaling .*yarn"),
     (_set(vocab_size=None), r"config\.json: .*vocab_size"),
-    (_missing_shard, r"model-00002-of-00002\.safetensors: missing, though model\.safetensors\.index\.json names it"),
+    (
+        _missing_shard,
+        r"model\.safetensors\.index\.json: names the file 'model-00002-of-00002\.safetensors', which is not in ",
+    ),
     (_pickles, r"source: holds pytorch_model-00001-of-00002\.bin, a pickle, which is not read; .*safetensors/convert"),
     (_other_shape, r"layers\.1\.attention\.wqkv\.weight has shape \(72, 48\); expected \(80, 48\)"),
     (_no_tokenizer, r"tokenizer\.model"),

@@ -24,6 +24,7 @@ from typing import Any
 from moslora_core.errors import UserError
 from moslora_core.evaluations import share_stderr
 from moslora_core.record import TaskResult, read_json
+from moslora_core.typed import shown
 
 from .registry import BENCHMARKS, JUDGED, Benchmark
 from .scoring import ACCURACY, CIRCULAR, POINTS, VQA
@@ -69,21 +70,21 @@ def _share(value: Any, most: float, where: str) -> float:
     """``value`` over ``most``, which it must not exceed."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not 0 <= number <= most:
-        raise UserError(f"{where} is {value!r}; expected a number from 0 to {most:g}")
+        raise UserError(f"{where} is {shown(value)}; expected a number from 0 to {most:g}")
     return number / most
 
 
 def _count(value: Any, where: str) -> int:
     try:
-        number = int(float(value))
-    except (TypeError, ValueError):
-        number = 0
-    if number < 1:
-        raise UserError(f"{where} is {value!r}; expected a positive count")
-    return number
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = 0.0
+    if number < 1 or not number.is_integer():
+        raise UserError(f"{where} is {shown(value)}; expected a positive count")
+    return int(number)
 
 
 def _accuracy(metric: str, share: float, n: int) -> TaskResult:
@@ -190,6 +191,8 @@ def _judged(path: Path, rows: list[dict[str, str]], benchmark: Benchmark) -> Tas
             if name not in row:
                 raise UserError(f"{path}: has no column {name!r}; found {', '.join(row)}")
         where = f"{path}: {row[label]}"
+        if row[label] in results:
+            raise UserError(f"{where} appears twice; expected one row for each")
         n = _count(row["tot"], f"{where}, tot")
         share = _share(row["acc"], 100, f"{where}, acc")
         results[row[label]] = TaskResult(metric, share, n, share_stderr(share, n) if metric == ACCURACY else None)
@@ -310,11 +313,15 @@ def _files(folder: Path, pattern: str) -> Iterator[Path]:
 def _csv_rows(path: Path) -> list[dict[str, str]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file, strict=True))
+            rows = list(csv.DictReader(file, strict=True))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged or no CSV file: {error}") from None
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():  # csv's filling of a longer and of a shorter row
+            raise UserError(f"{path}: row {number} has another number of columns than its first line names")
+    return rows
 
 
 def _exactly(path: Path, rows: list[dict[str, str]], number: int) -> list[dict[str, str]]:

@@ -16,6 +16,7 @@ import csv
 import hashlib
 import io
 import logging
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from pathlib import Path
 from PIL import Image
 
 from moslora_core.errors import UserError
+from moslora_core.paths import is_below, is_file
 
 from ..images import open_image
 from .registry import JUDGED, MME_PARTS, MULTIPLE_CHOICE, SHORT_ANSWER, YES_NO, Benchmark
@@ -202,6 +204,8 @@ class _Lines:
         first = self.consumed == 0
         self.consumed += len(line)
         self.number += 1
+        if b"\0" in line:
+            raise csv.Error(f"line {self.number} has a NUL byte")
         return line.decode("utf-8-sig" if first else "utf-8")
 
 
@@ -233,8 +237,9 @@ def _item(
     where: str, benchmark: Benchmark, kind: str, row: dict[str, str], letters: Sequence[str], image: ImageSource
 ) -> Item:
     options = {letter: row[letter] for letter in letters if row[letter]} if kind == MULTIPLE_CHOICE else {}
-    if not row["question"]:
-        raise UserError(f"{where}: has no question")
+    for name in ("index", "question"):
+        if not row[name]:
+            raise UserError(f"{where}: has no {name}")
     group, rotated = _group(where, benchmark, row, image)
     return Item(
         id=f"{benchmark.name}/{row['index']}",
@@ -259,7 +264,7 @@ def _group(where: str, benchmark: Benchmark, row: dict[str, str], image: ImageSo
         return f"{row.get('category', '')}/{picture}", False
     if not benchmark.circular:
         return index, False
-    if not index.isdecimal():
+    if not re.fullmatch(r"\d{1,18}", index):
         raise UserError(f"{where}: expected an integer, by which the rotations of a question are found")
     group = row.get("g_index") or str(int(index) % ROTATION)
     return group, group != index
@@ -295,9 +300,9 @@ def _answers(where: str, kind: str, row: dict[str, str], options: dict[str, str]
 
 def _image_file(where: str, name: str, folder: Path) -> Path:
     path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if not is_below(name):
         raise UserError(f"{where}: image_path {name!r}; expected a file below {folder}")
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{where}: no image at {path}")
     return path
 

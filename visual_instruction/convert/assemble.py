@@ -146,7 +146,7 @@ def _read_language_model(folder: Path) -> LanguageModel:
     weights = open_checkpoint(folder)
     if config.tie_word_embeddings:
         weights = weights.view(lambda name: None if name == "lm_head.weight" else name)
-    weights.check(shapes_of(LlamaForCausalLM, config))
+    weights.check(shapes_of(LlamaForCausalLM, config, folder))
     return LanguageModel(folder, config, weights, read_tokenizer(folder))
 
 
@@ -158,7 +158,7 @@ def _read_tower(folder: Path, allow_pickle: bool) -> VisionTower:
         if description["model_type"] == "clip":
             description = description.get("vision_config") or {}
         config = parse_config(CLIPVisionConfig, description, folder / CONFIG_FILE)
-    shapes = vision_shapes(config)
+    shapes = vision_shapes(config, folder)
 
     def rename(name: str) -> str | None:
         name = (llava_name(name) or name).removeprefix(TOWER).removeprefix("vision_model.")

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from moslora_core.adapter_files import read_pickle
+from moslora_core.base_models import loading
 from moslora_core.errors import UserError
+from moslora_core.paths import is_below, is_file
 from moslora_core.record import read_json
 
 CONFIG_FILE = "config.json"
@@ -136,11 +137,7 @@ def parse_config(kind: type[Config], values: Mapping[str, Any], path: Path) -> C
     Raises:
         UserError: values that transformers refuses, by their type or because they contradict each other.
     """
-    try:
-        return kind.from_dict(dict(values))
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{path}: not a configuration of such a model ({' '.join(lines)[:300]})") from None
+    return loading(lambda: kind.from_dict(dict(values)), f"{path}: not a configuration of such a model")
 
 
 def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
@@ -178,11 +175,10 @@ def _weight_files(path: Path, allow_pickle: bool) -> list[Path]:
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise UserError(f"{index}: has no weight_map; expected the names of tensors and their files")
-        files = [path / name for name in sorted(set(weight_map.values()))]
-        for file in files:
-            if not file.is_file():
-                raise UserError(f"{file}: missing, though {INDEX_FILE} names it")
-        return files
+        for name in (names := sorted(set(weight_map.values()))):
+            if not is_below(name) or not is_file(path / name):
+                raise UserError(f"{index}: names the file {name!r}, which is not in {path}")
+        return [path / name for name in names]
     if (path / WEIGHTS_FILE).is_file():
         return [path / WEIGHTS_FILE]
     if allow_pickle and (path / PICKLE_FILE).is_file():

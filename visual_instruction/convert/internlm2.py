@@ -15,20 +15,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moslora_core.adapter_files import check_output, new_folder
 from moslora_core.errors import UserError
+from moslora_core.typed import build
 
 from .checkpoint import CONFIG_FILE, Checkpoint, ShardWriter, open_checkpoint, parse_config, read_config
 from .layout import shapes_of, write_generation_config
 from .tokenizer import convert_tokenizer
 
 MODEL_TYPE = "internlm2"
+_Size = Annotated[int, 1]
 
 # InternLM2's names and Llama's.
 _OUTSIDE_LAYERS = {
@@ -66,6 +69,19 @@ _SAME = (
 )
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """What InternLM2's config.json has to say, beside what Llama's own checks find."""
+
+    vocab_size: _Size
+    hidden_size: _Size
+    intermediate_size: _Size
+    num_hidden_layers: _Size
+    num_attention_heads: _Size
+    num_key_value_heads: _Size | None = None
+    rope_theta: Annotated[float, 1] = 10000
+
+
 def convert_internlm2(source: Path, out: Path) -> Path:
     """Writes an InternLM2 folder (safetensors) as a folder of LlamaForCausalLM with its tokenizer.
 
@@ -79,7 +95,7 @@ def convert_internlm2(source: Path, out: Path) -> Path:
     check_output(out)
     config = convert_config(read_config(source, MODEL_TYPE), source / CONFIG_FILE)
     checkpoint = open_checkpoint(source)
-    checkpoint.check(_fused_shapes(shapes_of(LlamaForCausalLM, config), config))
+    checkpoint.check(_fused_shapes(shapes_of(LlamaForCausalLM, config, source), config))
     with new_folder(out) as folder:
         writer = ShardWriter(folder)
         for name, tensor in _converted(checkpoint, config):
@@ -99,22 +115,22 @@ def convert_config(values: dict[str, Any], path: Path) -> LlamaConfig:
     Raises:
         UserError: a value is missing, head counts do not divide, or an unknown scaling of rotary positions.
     """
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    if missing := [name for name in required if not isinstance(values.get(name), int)]:
-        raise UserError(f"{path}: {missing[0]} is {values.get(missing[0])!r}; expected a whole number")
-    heads, width = values["num_attention_heads"], values["hidden_size"]
-    key_value_heads = values.get("num_key_value_heads") or heads
+    known = {entry.name for entry in fields(_Sizes)}
+    sizes = build(_Sizes, {name: value for name, value in values.items() if name in known}, str(path))
+    heads, width = sizes.num_attention_heads, sizes.hidden_size
+    key_value_heads = sizes.num_key_value_heads or heads
     if heads % key_value_heads or width % heads:
         raise UserError(
             f"{path}: hidden_size {width}, num_attention_heads {heads}, num_key_value_heads {key_value_heads}; "
             "expected each to be a multiple of the next"
         )
-    rope = {"rope_type": "default", "rope_theta": values.get("rope_theta", 10000)}
+    rope = {"rope_type": "default", "rope_theta": sizes.rope_theta}
     if (scaling := values.get("rope_scaling")) is not None:
         kind = scaling.get("type", scaling.get("rope_type")) if isinstance(scaling, dict) else scaling
-        if kind not in ("dynamic", "linear") or not isinstance(scaling.get("factor"), (int, float)):
+        if kind not in ("dynamic", "linear"):
             raise UserError(f"{path}: rope_scaling is {scaling!r}; expected type dynamic or linear, and a factor")
-        rope |= {"rope_type": kind, "factor": float(scaling["factor"])}
+        factor = build(Annotated[float, 1], scaling.get("factor"), str(path), "rope_scaling.factor")
+        rope |= {"rope_type": kind, "factor": float(factor)}
     same = {name: values[name] for name in _SAME if name in values}
     bias = bool(values.get("bias", False))
     same |= {"num_key_value_heads": key_value_heads, "attention_bias": bias, "rope_parameters": rope}

@@ -52,10 +52,18 @@ def llava_name(name: str) -> str | None:
     return None
 
 
-def shapes_of(model_class: type, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's tensors, without a tied output head."""
-    with torch.device("meta"):
-        tensors = model_class(config).state_dict()
+def shapes_of(model_class: type, config: PretrainedConfig, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's tensors, without a tied output head.
+
+    Raises:
+        UserError: no model has the sizes of ``config``, which is that of ``folder``.
+    """
+
+    def build() -> dict[str, torch.Tensor]:
+        with torch.device("meta"):
+            return model_class(config).state_dict()
+
+    tensors = loading(build, f"{folder / CONFIG_FILE}: no model has such sizes")
     if getattr(config, "tie_word_embeddings", False):
         tensors.pop("lm_head.weight", None)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -71,14 +79,15 @@ def open_llava(folder: Path, config: LlavaConfig) -> Checkpoint:
     checkpoint = checkpoint.view(lambda name: llava_name(name) or name)
     if config.tie_word_embeddings:
         checkpoint = checkpoint.view(lambda name: None if name == LANGUAGE + "lm_head.weight" else name)
-    shapes = shapes_of(LlavaForConditionalGeneration, config)
+    shapes = shapes_of(LlavaForConditionalGeneration, config, folder)
     checkpoint.check({llava_name(name): shape for name, shape in shapes.items()})
     return checkpoint
 
 
-def vision_shapes(config: CLIPVisionConfig) -> dict[str, tuple[int, ...]]:
+def vision_shapes(config: CLIPVisionConfig, folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a CLIP vision tower's tensors, without any prefix."""
-    return {name.removeprefix("vision_model."): shape for name, shape in shapes_of(CLIPVisionModel, config).items()}
+    shapes = shapes_of(CLIPVisionModel, config, folder)
+    return {name.removeprefix("vision_model."): shape for name, shape in shapes.items()}
 
 
 def read_llava_config(folder: Path) -> LlavaConfig:

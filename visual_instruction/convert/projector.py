@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.activations import ACT2FN
 
 from moslora_core.adapter_files import check_output, new_folder
 from moslora_core.errors import UserError
@@ -160,12 +161,15 @@ def _check_shapes(source: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def _read_settings(source: Path) -> dict[str, Any]:
     """XTuner's settings beside the weights; of LLaVA's configuration only the type of its projector."""
-    if not (source / CONFIG_FILE).is_file():
+    if not (source / CONFIG_FILE).exists():
         return {}
     settings = read_json(source / CONFIG_FILE)
     if not isinstance(settings, dict):
         raise UserError(f"{source / CONFIG_FILE}: holds a JSON {type(settings).__name__}; expected an object")
     if settings.get("model_type") == MODEL_TYPE:
+        act = settings.get("hidden_act", "gelu")
+        if not isinstance(act, str) or act not in ACT2FN:
+            raise UserError(f"{source / CONFIG_FILE}: hidden_act is {act!r}; expected one of {', '.join(ACT2FN)}")
         return settings
     if (kind := settings.get("mm_projector_type")) == "mlp2x_gelu":
         return {}
