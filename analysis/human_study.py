@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from moslora_core.errors import UserError
-from moslora_core.record import read_json
+from moslora_core.record import check_version, read_json
+from moslora_core.typed import Share, build, shown
 
 from .aggregate import row_name
 from .rating import FIRST, SECOND, TIE
@@ -98,6 +100,31 @@ class Study:
         return found
 
 
+@dataclass(frozen=True)
+class _Method:
+    method: str
+    label: str
+
+
+@dataclass(frozen=True)
+class _Pair:
+    id: str
+    kind: str
+    subject: str
+
+
+@dataclass(frozen=True)
+class _Design:
+    """What the analysis needs of study.json."""
+
+    first: _Method
+    second: _Method
+    subjects: dict[str, Any]
+    pairs: list[_Pair]
+    questions: tuple[str, ...]
+    max_wrong: Share
+
+
 def find_studies(runs_dir: Path, scale: str | None = None) -> list[Path]:
     """Folders of the studies below a folder of runs, of one scale or all."""
     return sorted(path.parent for path in runs_dir.glob(f"{EXPERIMENT}/{scale or '*'}/human_study/*/study.json"))
@@ -109,44 +136,44 @@ def read_study(folder: Path, runs_dir: Path) -> Study:
     Raises:
         UserError: a damaged study, or votes that are missing, damaged or another study's.
     """
-    design = read_json(folder / "study.json")
+    raw = read_json(folder / "study.json")
+    check_version(raw, SCHEMA_VERSION, "study.json")
+    design = build(_Design, raw, "study.json", others=True)
     where = folder.relative_to(runs_dir)
-    try:
-        if design["schema_version"] != SCHEMA_VERSION:
-            raise UserError(f"study.json: schema_version {design['schema_version']!r}, expected {SCHEMA_VERSION}")
-        kinds = {pair["id"]: pair["kind"] for pair in design["pairs"]}
-        pairs = {
-            subject: tuple(p["id"] for p in design["pairs"] if p["subject"] == subject and p["kind"] == "pair")
-            for subject in design["subjects"]
-        }
-        first, second = (_name(design[side]) for side in ("first", "second"))
-        methods = tuple(design[side]["method"] for side in ("first", "second"))
-        return Study(
-            path=where.as_posix(),
-            scale=where.parts[1],
-            name=where.parts[3],
-            first=first,
-            second=second,
-            keys=methods if methods[0] != methods[1] else (first, second),
-            questions=tuple(design["questions"]),
-            pairs=pairs,
-            checks=tuple(pair for pair, kind in kinds.items() if kind != "pair"),
-            max_wrong=float(design["max_wrong"]),
-            votes=_votes(folder, design, kinds),
-        )
-    except (TypeError, KeyError, AttributeError):
-        raise UserError("study.json is damaged: expected the design of a human study") from None
+    kinds = {pair.id: pair.kind for pair in design.pairs}
+    if len(kinds) < len(design.pairs):
+        twice, _ = Counter(pair.id for pair in design.pairs).most_common(1)[0]
+        raise UserError(f"study.json: the pair {shown(twice)} is there twice")
+    sides = design.first, design.second
+    first, second = map(_name, sides)
+    methods = tuple(side.method for side in sides)
+    return Study(
+        path=where.as_posix(),
+        scale=where.parts[1],
+        name=where.parts[3],
+        first=first,
+        second=second,
+        keys=methods if methods[0] != methods[1] else (first, second),
+        questions=design.questions,
+        pairs={
+            subject: tuple(pair.id for pair in design.pairs if pair.subject == subject and pair.kind == "pair")
+            for subject in design.subjects
+        },
+        checks=tuple(pair for pair, kind in kinds.items() if kind != "pair"),
+        max_wrong=design.max_wrong,
+        votes=_votes(folder, design, kinds),
+    )
 
 
-def _name(method: Mapping[str, str]) -> str:
+def _name(method: _Method) -> str:
     """``moslora (orthogonal)``: a method with its overrides, the mixer's initialisation by its value alone."""
-    if method["label"] == "default":
-        return row_name(method["method"], [])
-    overrides = [method["label"]] if "~" in method["label"] else method["label"].split(",")
-    return row_name(method["method"], [re.sub(r"^method\.mixer_init=", "", override) for override in overrides])
+    if method.label == "default":
+        return row_name(method.method, [])
+    overrides = [method.label] if "~" in method.label else method.label.split(",")
+    return row_name(method.method, [re.sub(r"^method\.mixer_init=", "", override) for override in overrides])
 
 
-def _votes(folder: Path, design: Mapping[str, Any], kinds: Mapping[str, str]) -> tuple[Vote, ...]:
+def _votes(folder: Path, design: _Design, kinds: Mapping[str, str]) -> tuple[Vote, ...]:
     path = folder / "votes.csv"
     if not path.is_file():
         name, scale = folder.name, folder.parts[-3]
@@ -158,7 +185,7 @@ def _votes(folder: Path, design: Mapping[str, Any], kinds: Mapping[str, str]) ->
             if absent := [column for column in _COLUMNS if column not in (reader.fieldnames or ())]:
                 raise UserError(f"votes.csv has no column {absent[0]}; expected what {COMMAND} writes")
             for row in reader:
-                vote = _vote(row, f"votes.csv line {reader.line_num}", design["questions"], kinds)
+                vote = _vote(row, f"votes.csv line {reader.line_num}", design.questions, kinds)
                 key = (vote.rater, vote.pair, vote.question)
                 if key in votes:
                     raise UserError(f"votes.csv line {reader.line_num}: a second vote of {' on '.join(key[:2])}")
@@ -168,7 +195,7 @@ def _votes(folder: Path, design: Mapping[str, Any], kinds: Mapping[str, str]) ->
     return tuple(votes.values())
 
 
-def _vote(row: Mapping[str, str], where: str, questions: list[str], kinds: Mapping[str, str]) -> Vote:
+def _vote(row: Mapping[str, str], where: str, questions: Sequence[str], kinds: Mapping[str, str]) -> Vote:
     allowed = {"pair": kinds, "question": questions, "winner": _WINNERS, "choice": ("left", "tie", "right")}
     for column, known in allowed.items():
         if row[column] not in known:

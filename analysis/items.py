@@ -7,7 +7,6 @@ predictions, the rotations are left out. A task whose predictions still are not 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from moslora_core.errors import UserError
-from moslora_core.record import RunRecord, TaskResult, read_log
+from moslora_core.record import RunRecord, TaskResult, parse_json, read_log
 
 from .load import Run
 from .statistics import chance
@@ -124,7 +123,7 @@ def _lines(record: RunRecord) -> list[dict[str, Any]]:
     """The record's predictions. All lines are parsed at once, twice as fast as each; what is damaged is then named."""
     try:
         whole, _, _ = read_log(record.predictions_file()).rpartition(b"\n")
-        rows = json.loads(b"[" + whole.replace(b"\n", b",") + b"]")
+        rows = parse_json("[" + whole.replace(b"\n", b",").decode("utf-8") + "]")
         if len(rows) == (whole.count(b"\n") + 1 if whole else 0) and all(isinstance(row, dict) for row in rows):
             return rows
     except (UserError, ValueError):

@@ -6,14 +6,15 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from moslora_core.errors import UserError
-from moslora_core.record import Evaluation, RunRecord, TaskResult, Training, bounds, find_runs, read_json
+from moslora_core.record import Evaluation, RunRecord, TaskResult, Training, bounds, find_runs, read_json, read_yaml
+from moslora_core.typed import build
 
 # Evaluations without a trained adapter, the lines that every method must beat; they have no training to report.
 REFERENCES = ("majority", "none", "base")
@@ -49,9 +50,11 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved configuration of the run; empty where it cannot be read. Read when first asked for."""
+        if self.folder is None:
+            return {}
         try:
-            found = yaml.load((self.folder / "config.yaml").read_text(encoding="utf-8"), Loader=_YAML)
-        except (TypeError, OSError, UnicodeDecodeError, yaml.YAMLError):
+            found = read_yaml(self.folder / "config.yaml", partial(yaml.load, Loader=_YAML))
+        except UserError:
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -175,17 +178,20 @@ def _check(result: TaskResult, where: str) -> None:
         raise UserError(f"{where}: n must be positive, found {result.n}")
 
 
+@dataclass(frozen=True)
+class _Stage:
+    git_commit: str | None = None
+
+
 def _commits(record: RunRecord) -> frozenset[str]:
     """Git commits of the code that trained and evaluated; empty where none was noted."""
     path = record.path / "environment.json"
     if not path.exists():
         return frozenset()
-    stages = read_json(path)
-    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
-        raise UserError(f"{path}: expected an object per stage")
+    stages = build(dict[str, _Stage], read_json(path), str(path), others=True)
     # Knocking out subspaces adds a file of its own and changes no number of a table.
     counted = [stage for name, stage in stages.items() if name != "knock_out"]
-    return frozenset(str(stage["git_commit"]) for stage in counted if stage.get("git_commit"))
+    return frozenset(stage.git_commit for stage in counted if stage.git_commit)
 
 
 def _duplicates(runs: Iterable[Run]) -> list[tuple[Run, str]]:

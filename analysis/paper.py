@@ -5,14 +5,16 @@ The file says how to correct it. Loading checks all of it, so that no number rea
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from moslora_core.errors import UserError
+from moslora_core.record import read_yaml
+from moslora_core.typed import build, shown
 
 PAPER_NUMBERS = Path(__file__).with_name("paper_numbers.yaml")
 
@@ -92,12 +94,7 @@ def load_paper_numbers(path: Path = PAPER_NUMBERS) -> PaperNumbers:
     Raises:
         UserError: naming the file and the place of the first thing that is wrong.
     """
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+    raw = read_yaml(path, partial(yaml.load, Loader=_Loader))
     raw = _mapping(raw, str(path), ("sources", "tables"))
     provenance_of = {}
     for tag, entry in _mapping(raw["sources"], f"{path}: sources").items():
@@ -131,10 +128,10 @@ class _Loader(yaml.SafeLoader):
 def _mapping(value: Any, where: str, keys: tuple[str, ...] | None = None) -> dict[str, Any]:
     """``value`` as a mapping with text keys; with ``keys``, exactly those."""
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a mapping, found {value!r}")
+        raise UserError(f"{where}: expected a mapping, found {shown(value)}")
     for key in value:
         if not isinstance(key, str):
-            raise UserError(f"{where}: key {key!r} must be text; put it in quotes")
+            raise UserError(f"{where}: key {shown(key)} must be text; put it in quotes")
     if keys is not None:
         if missing := [key for key in keys if key not in value]:
             raise UserError(f"{where}: {missing[0]} is missing; expected {', '.join(keys)}")
@@ -145,19 +142,17 @@ def _mapping(value: Any, where: str, keys: tuple[str, ...] | None = None) -> dic
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: expected text, found {value!r}")
+        raise UserError(f"{where}: expected text, found {shown(value)}")
     return value
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{where}: expected a finite number, found {value!r}")
-    return value
+    return build(float, value, where)
 
 
 def _provenance(value: Any, where: str) -> str:
     if not isinstance(value, str) or value not in PROVENANCE_MARKS:
-        raise UserError(f"{where}: provenance must be one of {', '.join(PROVENANCE_MARKS)}, found {value!r}")
+        raise UserError(f"{where}: provenance must be one of {', '.join(PROVENANCE_MARKS)}, found {shown(value)}")
     return value
 
 
@@ -186,7 +181,7 @@ def _claim(raw: Any, where: str, provenance_of: dict[str, str]) -> Claim:
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
-        raise UserError(f"{where}: expected a list, found {value!r}")
+        raise UserError(f"{where}: expected a list, found {shown(value)}")
     return value
 
 

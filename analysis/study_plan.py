@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from moslora_core.errors import UserError
-from moslora_core.record import RunRecord, override_label
+from moslora_core.record import RunRecord, override_label, read_yaml
+from moslora_core.typed import Count, build, shown
 
 DONE, FAILED, MISSING = "done", "failed", "missing"
 
@@ -142,19 +143,41 @@ GRID, COMPARISON, REFERENCES = "learning rates", "comparison", "references"
 
 # ---------------------------------------------------------------------------------------------------------- the file
 
-_KEYS = {
-    "name": str,
-    "question": str,
-    "experiment": str,
-    "settings": dict,
-    "seeds": list,
-    "evaluation": str,
-    "arms": dict,
-    "rates": dict,
-}
-_OPTIONAL = {"evaluate": dict, "train": dict, "variants": dict, "references": list}
-_RATE_KEYS = {"key": str, "values": list, "seeds": list, "choose_by": str}
-_RATE_OPTIONAL = {"evaluate": dict, "extend": int, "fixed": dict}
+_Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _RatesFile:
+    key: str
+    values: list[Any]
+    seeds: list[Count]
+    choose_by: str
+    evaluate: _Values = field(default_factory=dict)
+    extend: Count = 0
+    fixed: _Values = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _VariantFile:
+    arms: list[str]
+    overrides: _Values
+    settings: _Values = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _StudyFile:
+    name: str
+    question: str
+    experiment: str
+    settings: _Values
+    seeds: list[Count]
+    evaluation: str
+    arms: dict[str, _Values]
+    rates: _RatesFile
+    evaluate: _Values = field(default_factory=dict)
+    train: _Values = field(default_factory=dict)
+    variants: dict[str, _VariantFile] = field(default_factory=dict)
+    references: list[str] = field(default_factory=list)
 
 
 def read_study(path: Path) -> Study:
@@ -163,74 +186,56 @@ def read_study(path: Path) -> Study:
     Raises:
         UserError: no such file, or one with a key that is unknown, missing or of the wrong kind.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the study {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    _check(raw, _KEYS, _OPTIONAL, str(path))
-    rates = raw["rates"]
-    _check(rates, _RATE_KEYS, _RATE_OPTIONAL, f"{path}: rates")
-    settings = _settings(raw["settings"], f"{path}: settings")
+    raw = build(_StudyFile, read_yaml(path, yaml.safe_load), str(path))
+    rates = raw.rates
+    texts = {"name": raw.name, "experiment": raw.experiment, "evaluation": raw.evaluation, "rates.key": rates.key}
+    if empty := [key for key, given in {**texts, "arms": raw.arms, "seeds": raw.seeds}.items() if not given]:
+        raise UserError(f"{path}: {empty[0]} is empty")
+    settings = _settings(raw.settings, f"{path}: settings")
     if "scale" not in dict(settings):
         raise UserError(f"{path}: settings has no scale; expected one such as smoke")
-    fixed = {name: _number(rate, f"{path}: rates.fixed.{name}") for name, rate in rates.get("fixed", {}).items()}
-    arms = tuple(
-        _arm(name, given, fixed.pop(name, None), f"{path}: arms.{name}") for name, given in raw["arms"].items()
-    )
+    fixed = {name: _number(rate, f"{path}: rates.fixed.{name}") for name, rate in rates.fixed.items()}
+    arms = tuple(_arm(name, given, fixed.pop(name, None), f"{path}: arms.{name}") for name, given in raw.arms.items())
     if fixed:
         raise UserError(f"{path}: rates.fixed names {next(iter(fixed))!r}, which is no arm")
-    seeds = _seeds(raw["seeds"], f"{path}: seeds")
+    seeds = _seeds(raw.seeds, f"{path}: seeds")
     grid = Rates(
-        key=rates["key"],
-        values=_grid(rates["values"], f"{path}: rates.values"),
-        extend=rates.get("extend", 0),
-        seeds=_seeds(rates["seeds"], f"{path}: rates.seeds"),
-        choose_by=rates["choose_by"],
-        evaluate=_settings(rates.get("evaluate", {}), f"{path}: rates.evaluate"),
+        key=rates.key,
+        values=_grid(rates.values, f"{path}: rates.values"),
+        extend=rates.extend,
+        seeds=_seeds(rates.seeds, f"{path}: rates.seeds"),
+        choose_by=rates.choose_by,
+        evaluate=_settings(rates.evaluate, f"{path}: rates.evaluate"),
     )
     if both := set(seeds) & set(grid.seeds):
         raise UserError(
             f"{path}: rates.seeds has {min(both)}, a seed of the comparison; expected seeds of its own, so that no "
             "rate is chosen by a run that is compared"
         )
-    names = {arm.name for arm in arms}
     return Study(
         path=path,
-        name=raw["name"],
-        question=raw["question"],
-        experiment=raw["experiment"],
+        name=raw.name,
+        question=raw.question,
+        experiment=raw.experiment,
         settings=settings,
         seeds=seeds,
-        evaluation=raw["evaluation"],
-        evaluate=_settings(raw.get("evaluate", {}), f"{path}: evaluate"),
-        train=_settings(raw.get("train", {}), f"{path}: train"),
+        evaluation=raw.evaluation,
+        evaluate=_settings(raw.evaluate, f"{path}: evaluate"),
+        train=_settings(raw.train, f"{path}: train"),
         rates=grid,
         arms=arms,
         variants=tuple(
-            _variant(name, given, names, f"{path}: variants.{name}") for name, given in raw.get("variants", {}).items()
+            _variant(name, given, raw.arms, f"{path}: variants.{name}") for name, given in raw.variants.items()
         ),
-        references=tuple(map(str, raw.get("references", []))),
+        references=tuple(raw.references),
     )
 
 
-def _check(raw: Any, required: Mapping[str, type], optional: Mapping[str, type], where: str) -> None:
-    if not isinstance(raw, dict):
-        raise UserError(f"{where}: expected {', '.join(required)}, found {type(raw).__name__}")
-    if unknown := [key for key in raw if key not in required and key not in optional]:
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; expected {', '.join([*required, *optional])}")
-    for key, kind in {**required, **{name: kind for name, kind in optional.items() if name in raw}}.items():
-        if key not in raw:
-            raise UserError(f"{where}: {key} is missing")
-        if not isinstance(raw[key], kind) or (not raw[key] and kind is not dict and kind is not int):
-            raise UserError(f"{where}: {key} must be a {kind.__name__} with content, found {raw[key]!r}")
-
-
-def _settings(given: Any, where: str) -> Settings:
-    if not isinstance(given, dict):
-        raise UserError(f"{where}: expected settings and their values, found {given!r}")
-    return tuple(sorted((str(key), _text(value)) for key, value in given.items()))
+def _settings(given: _Values, where: str) -> Settings:
+    for key, value in given.items():
+        if isinstance(value, dict | list):
+            raise UserError(f"{where}.{key} must be one value as on a command line, found {shown(value)}")
+    return tuple(sorted((key, _text(value)) for key, value in given.items()))
 
 
 def _text(value: Any) -> str:
@@ -240,28 +245,29 @@ def _text(value: Any) -> str:
     return str(value)  # of a float, the shortest text that reads back the same, which is also Hydra's
 
 
-def _arm(name: str, given: Any, rate: float | None, where: str) -> Arm:
+def _arm(name: str, given: _Values, rate: float | None, where: str) -> Arm:
     settings = dict(_settings(given, where))
     if "method" not in settings:
         raise UserError(f"{where}: method is missing")
-    return Arm(str(name), settings.pop("method"), tuple(settings.items()), rate)
+    return Arm(name, settings.pop("method"), tuple(settings.items()), rate)
 
 
-def _variant(name: str, given: Any, arms: Iterable[str], where: str) -> Variant:
-    _check(given, {"arms": list, "overrides": dict}, {"settings": dict}, where)
-    if unknown := [arm for arm in given["arms"] if arm not in arms]:
+def _variant(name: str, given: _VariantFile, arms: Iterable[str], where: str) -> Variant:
+    if unknown := [arm for arm in given.arms if arm not in arms]:
         raise UserError(f"{where}: {unknown[0]!r} is no arm; expected some of {', '.join(sorted(arms))}")
-    overrides, settings = (_settings(given.get(key, {}), f"{where}.{key}") for key in ("overrides", "settings"))
-    return Variant(str(name), tuple(given["arms"]), overrides, settings)
+    if not given.arms:
+        raise UserError(f"{where}: arms is empty")
+    overrides, settings = (_settings(getattr(given, key), f"{where}.{key}") for key in ("overrides", "settings"))
+    return Variant(name, tuple(given.arms), overrides, settings)
 
 
 def _number(value: Any, where: str) -> float:
     try:
-        number = float(value)  # YAML reads 1e-3 as a text
-    except (TypeError, ValueError):
+        number = -1.0 if isinstance(value, bool) else float(value)  # YAML reads 1e-3 as a text
+    except (TypeError, ValueError, OverflowError):
         number = -1.0
     if not 0 < number < float("inf"):
-        raise UserError(f"{where} must be a positive number, found {value!r}")
+        raise UserError(f"{where} must be a positive number, found {shown(value)}")
     return number
 
 
@@ -273,9 +279,7 @@ def _grid(values: Sequence[Any], where: str) -> tuple[float, ...]:
     return found
 
 
-def _seeds(values: Sequence[Any], where: str) -> tuple[int, ...]:
-    if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values):
-        raise UserError(f"{where}: expected whole numbers from 0, found {values}")
+def _seeds(values: Sequence[int], where: str) -> tuple[int, ...]:
     if len(set(values)) < len(values):
         raise UserError(f"{where}: a seed stands there twice: {values}")
     return tuple(values)

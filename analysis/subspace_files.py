@@ -23,7 +23,8 @@ from typing import Any
 
 from moslora_core.arguments import Parser
 from moslora_core.errors import UserError
-from moslora_core.record import RunRecord, find_runs, read_json, write_atomic
+from moslora_core.record import RunRecord, check_version, find_runs, read_json, write_atomic
+from moslora_core.typed import Count, build
 
 from .load import Run, load_runs
 from .study_plan import Progress, Study, read_study
@@ -88,27 +89,29 @@ def decode(raw: Any, run: Run, where: str) -> Trace:
     """
     _check_schema(raw, where)
     try:
-        modules = raw["modules"]
+        modules = build(list[str], raw["modules"], "modules")
+        if len(set(modules)) < len(modules):
+            raise ValueError("a module stands there twice")
         steps = {int(step): columns for step, columns in raw["steps"].items()}
         if max(steps) != run.training.steps:
             raise ValueError(f"its last step is {max(steps)}, the training had {run.training.steps}")
         spectra = {int(step): columns for step, columns in raw["spectra"].items()}
 
         def numbers(step: int, at: int) -> ModuleNumbers:
-            lists = {name: _long(spectra[step][name][at]) if step in spectra else None for name in _SPECTRA}
+            lists = {name: _list(spectra[step][name][at]) if step in spectra else None for name in _SPECTRA}
             lists["update_values"] = lists["update_values"] or ()
-            scalars = {name: _long(steps[step][name][at]) for name in _SCALARS}
-            return ModuleNumbers(r=raw["r"][at], **lists, **scalars)
+            scalars = {name: _number(steps[step][name][at]) for name in _SCALARS}
+            return ModuleNumbers(r=ranks[at], **lists, **scalars)
 
-        sizes = zip(raw["out"], raw["in"], raw["rank"], strict=True)
+        ranks, *sizes = (build(list[Count], raw[name], name) for name in ("r", "out", "in", "rank"))
         return Trace(
             run=run,
-            digest=raw["adapter"],
-            kept={int(step): digest for step, digest in raw["kept"].items()},
+            digest=build(str, raw["adapter"], "adapter"),
+            kept={int(step): digest for step, digest in build(dict[str, str], raw["kept"], "kept").items()},
             steps={step: {module: numbers(step, at) for at, module in enumerate(modules)} for step in sorted(steps)},
-            start=None if raw["start"] is None else _by_module(raw["start"], modules),
-            end=_by_module(raw["end"], modules),
-            sizes={module: Size(*size) for module, size in zip(modules, sizes, strict=True)},
+            start=None if raw["start"] is None else _by_module(raw["start"], modules, "start"),
+            end=_by_module(raw["end"], modules, "end"),
+            sizes={module: Size(*size) for module, *size in zip(modules, *sizes, strict=True)},
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
@@ -116,12 +119,10 @@ def decode(raw: Any, run: Run, where: str) -> Trace:
 
 
 def _check_schema(raw: Any, where: str) -> None:
-    found = raw.get("schema_version") if isinstance(raw, dict) else None
-    if found != SCHEMA_VERSION:
-        raise UserError(
-            f"{where}: schema_version {found!r}, expected {SCHEMA_VERSION}; write it again where the adapter is: "
-            f"{COMMAND}"
-        )
+    try:
+        check_version(raw, SCHEMA_VERSION, where)
+    except UserError as error:
+        raise UserError(f"{error}; write it again where the adapter is: {COMMAND}") from None
 
 
 def _short(value: Any) -> Any:
@@ -133,17 +134,22 @@ def _short(value: Any) -> Any:
     return "inf" if math.isinf(value) else float(f"{round(value, 9) + 0.0:.6g}")
 
 
-def _long(value: Any) -> Any:
-    if value is None:
-        return None
-    return tuple(map(float, value)) if isinstance(value, list) else float(value)
+def _number(value: Any) -> float | None:
+    return math.inf if value == "inf" else build(float | None, value, "a number")
+
+
+def _list(value: Any) -> tuple[float, ...] | None:
+    return build(tuple[float, ...] | None, value, "a list of numbers")
 
 
 def _matrices(found: Mapping[str, Any], modules: Sequence[str]) -> list[Any]:
     return [_short(found[module]) if module in found else None for module in modules]
 
 
-def _by_module(found: Sequence[Any], modules: Sequence[str]) -> dict[str, Any]:
+def _by_module(raw: Any, modules: Sequence[str], key: str) -> dict[str, Any]:
+    found = build(list[list[list[float]] | None], raw, key)
+    if any(len(row) != len(matrix) for matrix in found for row in matrix or ()):
+        raise ValueError(f"{key} has a matrix that is not square")
     return {module: matrix for module, matrix in zip(modules, found, strict=True) if matrix is not None}
 
 
@@ -209,11 +215,9 @@ def read_angles(path: Path) -> AngleFile:
     raw = read_json(path)
     _check_schema(raw, str(path))
     try:
-        names = raw["adapters"]
-        pairs = {
-            frozenset((names[first], names[second])): Angles(_long(columns), _long(rows))
-            for first, second, columns, rows in raw["angles"]
-        }
+        names = build(dict[str, str], raw["adapters"], "adapters")
+        angles = build(list[tuple[str, str, float | None, float | None]], raw["angles"], "angles")
+        pairs = {frozenset((names[first], names[second])): Angles(*found) for first, second, *found in angles}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}; write it again where the adapters are: {COMMAND}") from None
     return AngleFile(pairs)

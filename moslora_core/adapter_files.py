@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import UserError
+from .record import read_json
+from .typed import build
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -42,13 +44,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise UserError(f"{folder}: has no {CONFIG_NAME}; expected a saved adapter")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({_first_line(error)})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: holds a JSON {type(config).__name__}; expected an object")
-    return config
+    return build(dict[str, Any], read_json(path), str(path))
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .errors import UserError
 from .paths import inside
 from .prepared import sha256
 from .record import RunRecord, read_json, read_jsonl, write_atomic
+from .typed import Count, build
 
 MANIFEST = "images.jsonl"
 FACTS = "generation.json"
@@ -44,20 +45,17 @@ class DrawnImage:
         file: path below the run folder.
     """
 
-    prompt_index: int
-    index: int
+    prompt_index: Count
+    index: Count
     prompt: str
     class_prompt: str
-    noise_seed: int
+    noise_seed: Count
     file: str
     sha256: str
 
     @property
     def key(self) -> tuple[int, int]:
         return self.prompt_index, self.index
-
-
-_KINDS = {"int": int, "str": str}
 
 
 def read_drawn(record: RunRecord) -> list[DrawnImage]:
@@ -69,24 +67,14 @@ def read_drawn(record: RunRecord) -> list[DrawnImage]:
     path = record.path / MANIFEST
     if not path.exists():
         return []
-    rows = read_jsonl(path)
-    found = [_drawn(row, record.path, f"{path} line {number}") for number, row in enumerate(rows, start=1)]
+    found = [build(DrawnImage, row, f"{path} line {number}") for number, row in enumerate(read_jsonl(path), start=1)]
+    for image in found:
+        inside(record.path, image.file, str(path))
     found.sort(key=lambda image: image.key)
     for image, following in pairwise(found):
         if image.key == following.key:
             raise UserError(f"{path}: image {image.index} of prompt {image.prompt_index} is there twice")
     return found
-
-
-def _drawn(row: dict[str, Any], folder: Path, where: str) -> DrawnImage:
-    values = {}
-    for field in fields(DrawnImage):
-        value, kind = row.get(field.name), _KINDS[field.type]
-        if type(value) is not kind:
-            raise UserError(f"{where}: {field.name} must be {kind.__name__}, found {value!r}")
-        values[field.name] = value
-    inside(folder, values["file"], where)
-    return DrawnImage(**values)
 
 
 def drawing_settings(record: RunRecord) -> dict[str, Any] | None:

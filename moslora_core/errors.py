@@ -10,5 +10,5 @@ class UserError(ValueError):
     and exit with status 2 (see :mod:`moslora_core.launch`); library callers catch it as the ``ValueError`` that it is.
     """
 
-    def __str__(self) -> str:
-        return " ".join(super().__str__().splitlines())  # what was found, a key or a file's name, may have line breaks
+    def __str__(self) -> str:  # a key, a name or what a library said may have line breaks
+        return " ".join(map(str.strip, super().__str__().splitlines()))

@@ -23,6 +23,7 @@ from .base_models import adapter_digest
 from .errors import UserError
 from .record import Prediction, RunRecord, TaskResult, append_jsonl, repair_jsonl, write_atomic
 from .running import check_on_finished
+from .typed import Count, Seconds, build
 
 logger = logging.getLogger(__name__)
 
@@ -164,14 +165,27 @@ def fingerprint(adapter: Path | None, used: dict[str, Any], item_digests: dict[s
     return digest([adapter and adapter_digest(adapter), kept, item_digests])
 
 
-def resume(path: Path, expected: str) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Chunk:
+    """Finished items of a task, by their indices; ``predictions`` have the fields of what is evaluated."""
+
+    task: str
+    items: list[Count]
+    seconds: Seconds
+    predictions: list[dict[str, Any]]
+
+
+def resume(path: Path, expected: str) -> list[Chunk]:
     """Finished chunks of a stopped evaluation: one line each, so that a chunk is there whole or not at all.
 
     A file of another adapter, other settings or other items is replaced by an empty one.
+
+    Raises:
+        UserError: a line of this evaluation is damaged.
     """
     rows = repair_jsonl(path) if path.exists() else []
     if rows and rows[0].get("fingerprint") == expected:
-        return rows[1:]
+        return [build(Chunk, row, f"{path} line {number}") for number, row in enumerate(rows[1:], start=2)]
     if rows:
         logger.warning("the stopped evaluation in %s had another adapter, settings or items: starting afresh", path)
     write_atomic(path, json.dumps({"fingerprint": expected}) + "\n")
@@ -204,8 +218,8 @@ def in_chunks(
     chunks = resume(partial, expected)
     model = functools.cache(load)
     for task, size in sizes.items():
-        done = _finished_items(chunks, task, kind)
-        seconds = sum(entry["seconds"] for entry in chunks if entry["task"] == task)
+        done = _finished_items(chunks, task, kind, partial)
+        seconds = sum(chunk.seconds for chunk in chunks if chunk.task == task)
         pending = [index for index in range(size) if index not in done]
         if done:
             logger.info("%s: %d of %d items were done before", task, len(done), size)
@@ -224,14 +238,14 @@ def in_chunks(
         yield task, [done[index] for index in range(size)], seconds
 
 
-def _finished_items(chunks: Sequence[dict[str, Any]], task: str, kind: type[Item]) -> dict[int, Item]:
+def _finished_items(chunks: Sequence[Chunk], task: str, kind: type[Item], path: Path) -> dict[int, Item]:
     """Predictions in ``chunks`` of one task, by index of the item."""
-    return {
-        index: kind(**prediction)
-        for chunk in chunks
-        if chunk["task"] == task
-        for index, prediction in zip(chunk["items"], chunk["predictions"], strict=True)
-    }
+    found = {}
+    for chunk in (chunk for chunk in chunks if chunk.task == task):
+        if len(chunk.items) != len(chunk.predictions):
+            raise UserError(f"{path}: {len(chunk.items)} items of {task} have {len(chunk.predictions)} predictions")
+        found |= dict(zip(chunk.items, build(list[kind], chunk.predictions, f"{path}: {task}"), strict=True))
+    return found
 
 
 def share_stderr(share: float, n: int) -> float | None:

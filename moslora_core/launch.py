@@ -9,6 +9,7 @@ that ``--rerun=<run folder>`` starts from the configuration that a run recorded,
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -29,7 +30,8 @@ from yaml import YAMLError
 
 from .errors import UserError
 from .methods import METHODS
-from .record import override_label
+from .record import override_label, read_yaml
+from .typed import shown
 
 _RERUN = "--rerun="
 # What conf/config.yaml sets: a recorded configuration has no settings of Hydra.
@@ -135,17 +137,26 @@ def dump(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 
+def load_config(path: Path) -> DictConfig:
+    """A configuration that :func:`dump` wrote.
+
+    Raises:
+        UserError: no such file, or another one.
+    """
+    found = read_yaml(path, lambda text: OmegaConf.load(io.StringIO(text)))
+    if not isinstance(found, DictConfig):
+        raise UserError(f"{path} is damaged: expected a configuration, found {shown(OmegaConf.to_container(found))}")
+    return found
+
+
 def differences(config: Any, path: Path, ignore: Sequence[str] = ()) -> list[str]:
     """Settings in which ``config`` differs from one that :func:`dump` wrote to ``path``, as ``key was x, is y``.
 
     Args:
         ignore: keys, or whole groups such as ``evaluation``, that are not compared.
     """
-    try:
-        before = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"cannot read {path}: {_one_line(error)}") from None
-    was, now = _flat(before), _flat(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+    was = _flat(OmegaConf.to_container(load_config(path)))
+    now = _flat(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
     return [
         f"{key} was {was.get(key)}, is {now.get(key)}"
         for key in sorted(was.keys() | now.keys())
@@ -171,6 +182,7 @@ def _rerun(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
             folder = Path(argument.removeprefix(_RERUN)).resolve()
             if not (folder / "config.yaml").is_file():
                 raise UserError(f"{argument}: no config.yaml in that folder; expected a run folder")
+            load_config(folder / "config.yaml")  # Hydra's own reading of a damaged one ends in a traceback
     return folder, [argument for argument in arguments if not argument.startswith(_RERUN)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .errors import UserError
+from .typed import shown
 
 
 def is_below(name: str) -> bool:
@@ -31,6 +32,10 @@ def inside(folder: Path, name: str, where: str) -> Path:
         UserError: the name, or a link on its way, leads out of the folder.
     """
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{where}: file must lie in {folder}, found {name!r}")
+    try:
+        lies_in = path.resolve().is_relative_to(folder.resolve())
+    except (ValueError, OSError, RuntimeError):  # a NUL, a name that is too long, links in a circle
+        lies_in = False
+    if not lies_in:
+        raise UserError(f"{where}: file must lie in {folder}, found {shown(name)}")
     return path

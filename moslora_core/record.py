@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SCHEMA_VERSION = 1
+LOGGED = ("step", "seconds")  # what every line of metrics.jsonl has
 STATES = ("running", "finished", "failed")
 INTERRUPTED = "interrupted"
 _KEPT = re.compile(r"step-(\d+)")
@@ -312,6 +313,22 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged: expected JSON, found {error}") from None
 
 
+def read_yaml(path: Path, load: Callable[[str], T]) -> T:
+    """The content of a YAML file.
+
+    Args:
+        load: reads a text, as ``yaml.safe_load`` does.
+
+    Raises:
+        UserError: it cannot be read, or is no YAML.
+    """
+    text = read_text(path)
+    try:
+        return load(text)
+    except Exception as error:  # under a wrong tag or number, PyYAML fails with whatever Python raises there
+        raise UserError(f"{path} is damaged: expected YAML, found {error or type(error).__name__}") from None
+
+
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Appends whole lines and flushes them to the disk, so that a kill costs at most the line being written."""
     lines = "".join(_json(path, row) for row in rows)
@@ -372,12 +389,20 @@ def repair_jsonl(path: Path, keep=lambda row: True, keys: Iterable[str] = ()) ->
     return rows
 
 
-def _read_record(kind: type[T], path: Path) -> T:
-    """A file of a run that is one object of this schema."""
-    raw = read_json(path)
+def check_version(raw: Any, expected: int, where: str) -> None:
+    """Checks what a JSON object says of its schema, before anything else in it is read.
+
+    Raises:
+        UserError: another schema, none, or no object.
+    """
     version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if isinstance(raw, dict) and (type(version) is not int or version != SCHEMA_VERSION):
-        raise UserError(f"{path}: schema_version {shown(version)}, expected {SCHEMA_VERSION}")
+    if type(version) is not int or version != expected:
+        raise UserError(f"{where}: schema_version {shown(version)}, expected {expected}")
+
+
+def _read_record(kind: type[T], path: Path) -> T:
+    raw = read_json(path)
+    check_version(raw, SCHEMA_VERSION, str(path))
     return build(kind, raw, str(path))
 
 
@@ -551,11 +576,28 @@ class RunRecord:
         self.partial_predictions_path(name).unlink(missing_ok=True)
 
     def predictions(self) -> list[dict[str, Any]]:
-        path = self.predictions_file()
-        return [] if path is None else read_jsonl(path)
+        """The predictions of all evaluations, as dictionaries of what :class:`Prediction` has.
 
-    def metrics(self) -> list[dict[str, Any]]:
-        return read_jsonl(self.metrics_path) if self.metrics_path.exists() else []
+        Raises:
+            UserError: a line is damaged.
+        """
+        path = self.predictions_file()
+        rows = [] if path is None else read_jsonl(path)
+        for number, row in enumerate(rows, start=1):
+            build(Prediction, row, f"{path} line {number}")
+        return rows
+
+    def metrics(self) -> list[dict[str, float | None]]:
+        """The logged steps: numbers by name, ``step`` and ``seconds`` among them.
+
+        Raises:
+            UserError: a line is damaged.
+        """
+        path = self.metrics_path
+        rows = read_jsonl(path, LOGGED) if path.exists() else []
+        for number, row in enumerate(rows, start=1):
+            build(dict[str, float | None], row, f"{path} line {number}")
+        return rows
 
     # knock-outs
     def write_knock_out(self, name: str, knock_out: KnockOut) -> None:

@@ -32,6 +32,7 @@ from .errors import UserError
 from .launch import world_size
 from .methods import MethodConfig
 from .record import (
+    LOGGED,
     RunRecord,
     Stopwatch,
     Training,
@@ -43,6 +44,7 @@ from .record import (
     write_atomic,
 )
 from .sharding import CheckSharding
+from .typed import Count, build
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +172,16 @@ def _deepspeed(name: str | None) -> str | None:
     return str(path)
 
 
+@dataclass(frozen=True)
+class _Zero:
+    stage: Count = 0
+
+
+@dataclass(frozen=True)
+class _DeepSpeed:
+    zero_optimization: _Zero = _Zero()
+
+
 def zero_stage(training: TrainingConfig) -> int:
     """ZeRO's stage in the DeepSpeed configuration of a training; 0 without DeepSpeed.
 
@@ -178,10 +190,7 @@ def zero_stage(training: TrainingConfig) -> int:
     """
     if (path := _deepspeed(training.deepspeed)) is None:
         return 0
-    settings = read_json(Path(path))
-    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
-        raise UserError(f"training.deepspeed={path}: expected a DeepSpeed configuration with zero_optimization")
-    return int(settings.get("zero_optimization", {}).get("stage", 0))
+    return build(_DeepSpeed, read_json(Path(path)), f"training.deepspeed={path}", others=True).zero_optimization.stage
 
 
 def training_arguments(
@@ -390,7 +399,8 @@ def resume_point(record: RunRecord) -> str | None:
     checkpoint = newest_whole(record.checkpoints_path, world_size())
     step = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
     if is_main_process():
-        repair_jsonl(record.metrics_path, keep=lambda row: row["step"] <= step, keys=("step", "seconds"))
+        record.metrics()  # refuses damage, in words
+        repair_jsonl(record.metrics_path, keep=lambda row: row["step"] <= step, keys=LOGGED)
         for kept, folder in record.kept_adapters().items():
             if kept > step:
                 shutil.rmtree(folder)

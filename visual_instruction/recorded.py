@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from moslora_core import launch
 from moslora_core.errors import UserError
 from moslora_core.record import RunRecord
@@ -23,7 +19,6 @@ def recorded_config(record: RunRecord) -> Config:
     if not path.is_file():
         raise UserError(f"{record.path}: has no {path.name}; expected the folder of a run")
     try:
-        return launch.instantiate(Config, OmegaConf.load(path))
-    except (OSError, YAMLError, OmegaConfBaseException, UserError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} is no configuration of visual_instruction: {reason}") from None
+        return launch.instantiate(Config, launch.load_config(path))
+    except UserError as error:
+        raise UserError(f"{path} is no configuration of visual_instruction: {error}") from None

@@ -9,8 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from moslora_core import launch
 from moslora_core.drawn_images import FACTS, DrawnImage, drawing_settings, read_drawn
 from moslora_core.errors import UserError
 from moslora_core.record import RunRecord, override_label
@@ -143,10 +143,10 @@ def _absent(name: str, folders: Sequence[Mapping[str, Path]]) -> Iterator[str]:
 
 def _config(folder: Path) -> DictConfig:
     path = folder / "config.yaml"
+    config = launch.load_config(path)
     try:
-        config = OmegaConf.load(path)
         OmegaConf.resolve(config)
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     return config
 

@@ -249,7 +249,7 @@ def damaged_manifest(record):
         (another_image, rf"images/002-00.png has sha256 \w+\.\.\., .*generate {RUN} on_finished=overwrite", 1),
         (two_files, r"images/001-00.png: No such file or directory; .* and 1 more. To make it:", 2),
         (no_image, r"000-00.png is no image. To make it: ", 1),
-        (damaged_manifest, r"images.jsonl line 1: index must be int, found None. To make it: ", 3),
+        (damaged_manifest, r"images.jsonl line 1: index is missing; expected prompt_index.*. To make it: ", 3),
     ],
 )
 def test_missing_images_are_named_with_the_command_that_makes_them(root, harm, message, missing):

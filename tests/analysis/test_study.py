@@ -98,9 +98,9 @@ def finish_all(study, runs_dir: Path, score) -> Progress:
     [
         ({"arm": {}}, "unknown key 'arm'; expected name, question, experiment"),
         ({"seeds": None}, "seeds is missing"),
-        ({"seeds": []}, "seeds must be a list with content, found []"),
+        ({"seeds": []}, "seeds is empty"),
         ({"seeds": [0, 0]}, "a seed stands there twice: [0, 0]"),
-        ({"seeds": [-1]}, "expected whole numbers from 0, found [-1]"),
+        ({"seeds": [-1]}, "seeds.0 must be a whole number of at least 0, found -1"),
         ({"seeds": [10]}, "rates.seeds has 10, a seed of the comparison"),
         ({"settings": {"data.dir": "x"}}, "settings has no scale"),
         ({"arms": {"lora": {"adapter.r": 8}}, "variants": None, "rates": DEFINITION["rates"] | {"fixed": {}}},

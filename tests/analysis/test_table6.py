@@ -325,8 +325,8 @@ def test_damaged_votes_are_named(studies, old, new, expected):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("{}", "study.json is damaged: expected the design of a human study"),
-        ("[]", "study.json is damaged"),
+        ("{}", "study.json: schema_version None, expected 1"),
+        ("[]", "study.json: schema_version None"),
         ('{"schema_version": 9}', "schema_version 9, expected 1"),
         ("{", "is damaged: expected JSON"),
     ],

@@ -65,7 +65,7 @@ def test_a_sealed_checkpoint_is_whole_and_what_is_not_sealed_was_being_written(t
         (lambda c: edit_seal(c, files={"optimizer.pt": 3}), "seal.json is damaged: files.optimizer.pt must be text"),
         (lambda c: edit_seal(c, processes=None), "seal.json is damaged: processes must be a whole number"),
         (lambda c: edit_seal(c, processes="1"), "seal.json is damaged: processes must be a whole number"),
-        (lambda c: edit_seal(c, processes=0), "seal.json is damaged: processes must be a whole number at least 1"),
+        (lambda c: edit_seal(c, processes=0), "seal.json is damaged: processes must be a whole number of at least 1"),
         (lambda c: (c / SEAL).write_text('{"files": {}}'), "seal.json is damaged: processes is missing"),
     ],
 )

@@ -344,8 +344,11 @@ DAMAGE = {
         lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
         r"holds adapter_model\.bin, a pickle",
     ),
-    "config is no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
-    "config is binary": (lambda f: (f / "adapter_config.json").write_bytes(b"\xff\xfe\x00"), "cannot be read as JSON"),
+    "config is no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "config.json is damaged: expected "),
+    "config is binary": (
+        lambda f: (f / "adapter_config.json").write_bytes(b"\xff\xfe\x00"),
+        "config.json is damaged: expected ",
+    ),
     "already LoRA": (lambda f: edit_config(f, peft_type="LORA"), "plain LoRA adapter already"),
     "another tuner": (lambda f: edit_config(f, peft_type="LOKR"), "peft_type is 'LOKR'; expected MOSLORA"),
     "no tuner": (lambda f: edit_config(f, peft_type=None), "peft_type is None; expected MOSLORA"),

@@ -155,7 +155,7 @@ def test_differences_name_the_settings(tmp_path):
     ]
     assert launch.differences(other, path, ignore=("adapter.r", "evaluation", "run_name")) == ["seed was 1, is 2"]
     path.write_text("a: [")
-    with pytest.raises(UserError, match=r"cannot read .*config\.yaml"):
+    with pytest.raises(UserError, match=r"config\.yaml is damaged: expected YAML"):
         launch.differences(config, path)
 
 

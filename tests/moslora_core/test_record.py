@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -112,10 +113,11 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
 def test_predictions_are_read_plain_or_compressed(tmp_path):
     record = RunRecord(tmp_path)
     assert record.predictions() == []
-    line = b'{"task": "boolq"}\n'
+    row = asdict(Prediction("generate", "boolq", "boolq/0", "true", None, False))
+    line = json.dumps(row).encode() + b"\n"
     compressed = tmp_path / "predictions.jsonl.gz"
     compressed.write_bytes(gzip.compress(line))
-    assert record.predictions_file() == compressed and record.predictions() == [{"task": "boolq"}]
+    assert record.predictions_file() == compressed and record.predictions() == [row]
     for damage in (line, gzip.compress(line)[:-9]):
         compressed.write_bytes(damage)
         with pytest.raises(UserError, match=r"predictions\.jsonl\.gz is damaged: expected a gzip file"):
