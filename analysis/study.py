@@ -2,7 +2,8 @@
 
 Lists what of the study is there and what is missing, runs the missing part through the experiment's own commands, and
 writes the report. A stopped study goes on where it stopped when it is started again: finished runs are kept, stopped
-ones resume from their checkpoints. ``--list`` only lists, ``--background`` runs on after the terminal is closed.
+ones resume from their checkpoints, and what a killed runner has left at work is waited for. ``--list`` only lists,
+``--background`` runs on after the terminal is closed.
 
 On a cluster the experiment's sweeps go through Hydra's launcher, one job of the cluster a run:
 

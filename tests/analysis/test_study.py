@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -348,17 +350,32 @@ def test_a_second_runner_is_refused_and_a_dead_one_is_not_waited_for(define, toy
     assert Runner(study, runs, jobs=2).run() == {}
 
 
-def test_what_a_killed_runner_left_behind_is_waited_for(define, toy, caplog):
-    """Only the runner is killed: its sweep goes on, and no second process works on the same runs meanwhile."""
+def start_runner(study, toy: Path, runs: Path) -> multiprocessing.Process:
+    """A runner in a process of its own, whose first training waits for a file ``go``."""
     train = toy / "toy_experiment" / "train.py"
     waits = "import time\nfrom pathlib import Path\nPath('trains').touch()\n"
     waits += "while not Path('go').exists():\n    time.sleep(0.02)\n"
     train.write_text(waits + train.read_text())
-    study, runs = define(), Path("runs")
     runner = multiprocessing.get_context("fork").Process(target=Runner(study, runs).run)
     runner.start()
     while not Path("trains").exists():
         time.sleep(0.02)
+    return runner
+
+
+def test_a_stopped_runner_ends_what_it_has_started(define, toy):
+    runner = start_runner(define(), toy, Path("runs"))
+    os.kill(runner.pid, signal.SIGINT)
+    runner.join()
+    with open("runs/studies/toy/commands.lock", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert Progress(define(), Path("runs")).of_state(FAILED) == []
+
+
+def test_what_a_killed_runner_left_behind_is_waited_for(define, toy, caplog):
+    """Only the runner is killed: its sweep goes on, and no second process works on the same runs meanwhile."""
+    study, runs = define(), Path("runs")
+    runner = start_runner(study, toy, runs)
     runner.kill()
     runner.join()
 
