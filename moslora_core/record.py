@@ -35,7 +35,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -53,6 +53,7 @@ SCHEMA_VERSION = 1
 LOGGED = ("step", "seconds")  # what every line of metrics.jsonl has
 STATES = ("running", "finished", "failed")
 INTERRUPTED = "interrupted"
+_TEMPORARY = ".tmp"
 _KEPT = re.compile(r"step-(\d+)")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PACKAGES = (
@@ -218,7 +219,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; expected a writable folder") from None
     try:
@@ -642,8 +643,12 @@ class RunRecord:
             self._note_environment(name, start=False)
             self.set_status("finished", name)
 
-    def _locked(self) -> AbstractContextManager[Path]:
-        return locked(self.path / ".lock", f"run folder {self.path}")
+    @contextmanager
+    def _locked(self) -> Iterator[Path]:
+        with locked(self.path / ".lock", f"run folder {self.path}") as lock:
+            for temporary in self.path.rglob(f".*{_TEMPORARY}"):  # of a write that a kill has cut short
+                temporary.unlink()
+            yield lock
 
     def settle(self, stage: str, leftovers: Iterable[Path] = ()) -> None:
         """Marks a stage as finished whose process was killed between its results and its end.

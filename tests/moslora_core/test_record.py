@@ -66,6 +66,25 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, failing
     assert list(tmp_path.iterdir()) == [path], "no temporary file stays"
 
 
+@pytest.mark.parametrize("again", ["stage", "settle"])
+def test_a_write_that_was_killed_leaves_nothing_for_long(tmp_path, again):
+    run = RunRecord(tmp_path / "seed-0")
+    run.set_status("running", "train")
+    before = {path.name for path in run.path.iterdir()}
+    if (killed := os.fork()) == 0:
+        os.replace = lambda *paths: os._exit(9)
+        write_json(run.path / "images" / "facts.json", {})
+    assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == 9
+    assert list((run.path / "images").iterdir())
+    if again == "settle":
+        run.settle("train")
+    else:
+        with run.stage("train"):
+            pass
+    assert not list((run.path / "images").iterdir()) and run.status().state == "finished"
+    assert {path.name for path in run.path.iterdir()} == before | {".lock", "environment.json", "images"}
+
+
 def test_a_full_disk_is_told_in_a_line(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
