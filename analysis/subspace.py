@@ -24,7 +24,7 @@ from functools import cache
 
 import torch
 
-from moslora_core.base_models import adapter_digest
+from moslora_core.base_models import adapter_digest, check_adapter
 from moslora_core.record import RunRecord
 from moslora_core.subspaces import (
     Factors,
@@ -210,8 +210,9 @@ def digests(run: Run, record: RunRecord) -> tuple[str, dict[int, str]]:
     """Digest of the trained adapter, and of the copies from before its last step.
 
     Raises:
-        UserError: a folder lacks a file.
+        UserError: a folder lacks a file, or the trained adapter is not the one that the run gave.
     """
+    check_adapter(record.adapter_path, run.training.adapter_sha256)
     kept = {step: path for step, path in record.kept_adapters().items() if step < run.training.steps}
     return adapter_digest(record.adapter_path), {step: adapter_digest(path) for step, path in kept.items()}
 

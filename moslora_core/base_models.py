@@ -8,7 +8,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -224,20 +224,45 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedToke
 # ----------------------------------------------------------------------------------------------------- saved adapters
 
 
+def adapter_sha256(adapter: Path) -> dict[str, str]:
+    """SHA-256 of each of the files that make an adapter, by name.
+
+    Raises:
+        UserError: the folder lacks one of them.
+    """
+    found = {}
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        try:
+            with open(adapter / name, "rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{adapter / name}: {error.strerror}; expected a saved adapter") from None
+    return found
+
+
 def adapter_digest(adapter: Path) -> str:
     """SHA-256 over the files that make an adapter.
 
     Raises:
         UserError: the folder lacks one of them.
     """
-    digest = hashlib.sha256()
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        try:
-            with open(adapter / name, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise UserError(f"{adapter / name}: {error.strerror}; expected a saved adapter") from None
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(bytes.fromhex(found) for found in adapter_sha256(adapter).values())).hexdigest()
+
+
+def check_adapter(adapter: Path, expected: Mapping[str, str] | None) -> None:
+    """Compares the files of an adapter with what they were when it was trained.
+
+    Args:
+        expected: ``adapter_sha256`` of the training in its record; None in records from before there was one.
+
+    Raises:
+        UserError: one is missing or was changed.
+    """
+    for name, found in adapter_sha256(adapter).items() if expected is not None else ():
+        if found != expected.get(name):
+            raise UserError(
+                f"{adapter / name} is damaged: its sha256 is not the one in results.json; train the run again"
+            )
 
 
 def attach_saved(model: PreTrainedModel, adapter: Path, name: str) -> PeftModel:

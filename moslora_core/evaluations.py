@@ -1,7 +1,7 @@
 """Evaluations of a run that can be stopped and resumed: what is kept of an earlier start, and what must not be.
 
 A running evaluation keeps its finished items in the record's partial file, a line a chunk, under a first line with the
-fingerprint of all that the answers depend on.
+fingerprint of all that the answers depend on. Every line has its own sha256.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from .base_models import adapter_digest
+from .base_models import adapter_digest, check_adapter
 from .errors import UserError
 from .record import Prediction, RunRecord, TaskResult, append_jsonl, repair_jsonl, write_atomic
 from .running import check_on_finished
@@ -135,7 +135,7 @@ def trained_adapter(record: RunRecord, config: Any, experiment: str) -> Path | N
         config: the experiment's configuration, with ``method``, ``scale``, ``seed`` and ``run_name``.
 
     Raises:
-        UserError: the run has not been trained; says the command.
+        UserError: the run has not been trained, which says the command, or the adapter is not the one it gave.
     """
     if is_base(config):
         return None
@@ -143,6 +143,8 @@ def trained_adapter(record: RunRecord, config: Any, experiment: str) -> Path | N
         command = f"python -m {experiment}.train scale={config.scale.name} method={config.method.name}"
         same = "" if config.run_name in (None, "default") else f" and the same overrides ({config.run_name})"
         raise UserError(f"no adapter at {record.adapter_path}; train it: {command} seed={config.seed}{same}")
+    if (training := record.results().training) is not None:
+        check_adapter(record.adapter_path, training.adapter_sha256)
     return record.adapter_path
 
 
@@ -178,18 +180,34 @@ class Chunk:
 def resume(path: Path, expected: str) -> list[Chunk]:
     """Finished chunks of a stopped evaluation: one line each, so that a chunk is there whole or not at all.
 
-    A file of another adapter, other settings or other items is replaced by an empty one.
+    A file of another adapter, other settings or other items is replaced by an empty one; a damaged chunk is left out.
 
     Raises:
-        UserError: a line of this evaluation is damaged.
+        UserError: a line of this evaluation is no JSON, or no chunk.
     """
-    rows = repair_jsonl(path) if path.exists() else []
+
+    def is_whole(row: dict[str, Any]) -> bool:
+        whole = row == _sealed(_unsealed(row))
+        if not whole:
+            logger.warning("%s: a damaged line is left out, and what it held evaluated again", path)
+        return whole
+
+    rows = repair_jsonl(path, keep=is_whole) if path.exists() else []
     if rows and rows[0].get("fingerprint") == expected:
-        return [build(Chunk, row, f"{path} line {number}") for number, row in enumerate(rows[1:], start=2)]
+        return [build(Chunk, _unsealed(row), f"{path} line {number}") for number, row in enumerate(rows[1:], start=2)]
     if rows:
         logger.warning("the stopped evaluation in %s had another adapter, settings or items: starting afresh", path)
-    write_atomic(path, json.dumps({"fingerprint": expected}) + "\n")
+    write_atomic(path, json.dumps(_sealed({"fingerprint": expected})) + "\n")
     return []
+
+
+def _sealed(row: dict[str, Any]) -> dict[str, Any]:
+    """A line of the file with its own digest: a flipped bit may leave valid JSON."""
+    return row | {"sha256": digest(row)}
+
+
+def _unsealed(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "sha256"}
 
 
 def in_chunks(
@@ -230,7 +248,8 @@ def in_chunks(
             found = answer(loaded, task, indices)
             spent = round(time.monotonic() - begun, 3)
             predictions = [asdict(prediction) for prediction in found]
-            append_jsonl(partial, [{"task": task, "items": indices, "seconds": spent, "predictions": predictions}])
+            chunk_done = {"task": task, "items": indices, "seconds": spent, "predictions": predictions}
+            append_jsonl(partial, [_sealed(chunk_done)])
             seconds += spent
             done |= dict(zip(indices, found, strict=True))
             if len(done) < size:

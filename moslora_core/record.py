@@ -16,6 +16,10 @@
 
 Every file but the growing ``*.jsonl`` logs is written to a temporary file and renamed, so that a reader (or a resumed
 run) never meets half of one. A line torn by a kill is recognised and dropped; damage anywhere else is an error.
+
+Damage that leaves a file readable is found in the adapter, whose sha256 is in results.json, in checkpoints and in the
+chunks of an unfinished evaluation. The JSON of a finished run has no digest: there, a flipped bit is found only where
+it breaks syntax, a type or a bound. Copies below results/ have a manifest with the sha256 of every file.
 """
 
 from __future__ import annotations
@@ -118,7 +122,12 @@ class Evaluation:
 
 @dataclass
 class Training:
-    """What a training cost. ``peak_memory_kind`` is cuda (allocated on the device) or rss (whole process)."""
+    """What a training cost and gave.
+
+    Attributes:
+        peak_memory_kind: cuda (allocated on the device) | rss (whole process).
+        adapter_sha256: of the files in ``adapter/``, by name; None in older records.
+    """
 
     seconds: Seconds
     steps: Count
@@ -128,6 +137,7 @@ class Training:
     total_parameters: Count
     final_loss: float | None = None
     validation_loss: float | None = None
+    adapter_sha256: dict[str, str] | None = None
 
 
 @dataclass

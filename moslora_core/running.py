@@ -26,6 +26,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from . import launch
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from .base_models import adapter_sha256
 from .checkpoints import Sealing, damage, newest_whole, writing
 from .count import accumulation_steps, optimiser_steps
 from .errors import UserError
@@ -518,6 +519,7 @@ def fit(method: MethodConfig, training: TrainingConfig, record: RunRecord, prepa
         total_parameters=total,
         final_loss=losses[-1] if losses else None,
         validation_loss=min(validation) if validation and takes_best else (validation or [None])[-1],
+        adapter_sha256=adapter_sha256(record.adapter_path) if is_main_process() else None,
     )
 
 

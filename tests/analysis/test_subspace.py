@@ -30,6 +30,7 @@ from analysis.subspace import (
     setting_of,
 )
 from analysis.subspace_files import load_traces
+from moslora_core.base_models import adapter_sha256
 from moslora_core.errors import UserError
 from moslora_core.subspaces import Factors
 
@@ -170,6 +171,10 @@ def test_what_cannot_be_read_is_named(runs):
     lokr = adapters.add(runs, "lokr", 1)
     (lokr.adapter_path / "adapter_config.json").write_text('{"peft_type": "LOKR"}')
     (adapters.add(runs, "lora", 4, kept=(0,)).kept_adapter_path(0) / "adapter_config.json").unlink()
+    changed = adapters.add(runs, "moslora", 4)
+    training = changed.results().training
+    training.adapter_sha256 = adapter_sha256(lokr.adapter_path)
+    changed.set_training(training)
     ((_, _, trained),) = by_setting(load_runs(runs.root, "commonsense_reasoning")[0])
     traces, left_out = load_traces(trained, runs.root)
     assert [(trace.run.method, trace.run.label, trace.run.seed) for trace in traces] == [("moslora", "default", 1)]
@@ -178,7 +183,8 @@ def test_what_cannot_be_read_is_named(runs):
     assert left_out[1].startswith(f"{path}/lora/default/seed-4: adapters/step-0") and "adapter_config" in left_out[1]
     assert left_out[2] == f"{path}/moslora/default/seed-2: no adapter and no subspaces.json beside the record"
     assert left_out[3].startswith(f"{path}/moslora/default/seed-3: adapter/adapter_model.safetensors: not a complete")
-    assert len(left_out) == 4 and str(runs.root) not in "".join(left_out)
+    assert left_out[4].startswith(f"{path}/moslora/default/seed-4: adapter/adapter_config.json is damaged: its sha256")
+    assert len(left_out) == 5 and str(runs.root) not in "".join(left_out)
 
 
 def test_a_setting_is_the_base_model_where_evaluations_name_one(runs, visual):

@@ -31,7 +31,7 @@ from commonsense_reasoning.config import (
 from commonsense_reasoning.data import load_training
 from commonsense_reasoning.train import locate, main
 from moslora_core import launch
-from moslora_core.base_models import resolve_path
+from moslora_core.base_models import adapter_sha256, resolve_path
 from moslora_core.checkpoints import SEAL, Sealing, damage, seal
 from moslora_core.errors import UserError
 from moslora_core.methods import METHODS, AdapterConfig, peft_config
@@ -118,6 +118,7 @@ def test_a_run_leaves_the_whole_record(config):
 
     training = record.results().training
     assert training.steps == STEPS
+    assert training.adapter_sha256 == adapter_sha256(record.adapter_path)
     assert training.final_loss == rows[-2]["loss"] and training.validation_loss == rows[-1]["eval_loss"]
     # Two layers of hidden 32, intermediate 64: r * (in + out) and a mixer r * r for q, k, v, up and down.
     assert training.trainable_parameters == 2 * (3 * (4 * 64 + 16) + 2 * (4 * 96 + 16))
