@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import hydra
@@ -214,9 +215,20 @@ def _check(config_module: str, folder: Path | None, arguments: Sequence[str]) ->
             for number, entry in enumerate(values):
                 for value in entry[1:] if sweeps else ():
                     compose("config", overrides=[*first[:number], value, *first[number + 1 :]])
-            compose("config", overrides=first if sweeps else overrides)
+            config = compose("config", overrides=first if sweeps else overrides)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(_one_line(error)) from None
+    if sweeps:
+        _check_writable(Path(config.runs_dir))
+
+
+def _check_writable(runs_dir: Path) -> None:
+    """Of a sweep, Hydra itself writes there (multirun.yaml), before the first run looks at the folder."""
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=runs_dir).close()
+    except OSError as error:
+        raise UserError(f"cannot write runs_dir={runs_dir}: {error.strerror}; expected a writable folder") from None
 
 
 def _one_line(error: Exception) -> str:

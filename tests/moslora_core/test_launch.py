@@ -115,6 +115,12 @@ def test_a_mistake_is_one_line_and_status_2(capsys, arguments, expected):
     assert expected in refusal(capsys, *arguments)
 
 
+def test_a_sweep_into_a_folder_that_cannot_be_written_is_one_line_and_status_2(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    expected = f"error: cannot write runs_dir={tmp_path}/file/runs: Not a directory; expected a writable folder\n"
+    assert refusal(capsys, "-m", "seed=0,1", f"runs_dir={tmp_path}/file/runs") == expected
+
+
 def test_a_user_error_of_main_is_one_line_and_status_2(capsys):
     def main(config: Config) -> None:
         raise UserError("data.dir=x: no prepared data\nin two lines")

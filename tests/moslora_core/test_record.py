@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -241,6 +243,17 @@ def test_a_damaged_status_is_named(run, content, expected):
     with pytest.raises(UserError, match=expected) as caught:
         run.status()
     assert str(run.path / "status.json") in str(caught.value)
+
+
+def test_a_stopwatch_never_goes_back(monkeypatch):
+    """Whatever the clock on the wall does, also over the sittings of a resumed run."""
+    wall = itertools.count(2e9, -3600)
+    monkeypatch.setattr(time, "time", lambda: next(wall))
+    first = record.Stopwatch()
+    seconds = [first.seconds for _ in range(3)]
+    again = record.Stopwatch(before=seconds[-1])
+    seconds += [again.seconds for _ in range(3)]
+    assert seconds == sorted(seconds) and seconds[0] >= 0 and seconds[-1] < 60
 
 
 # ------------------------------------------------------------------------------------------------------------- labels
