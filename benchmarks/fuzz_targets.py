@@ -177,7 +177,7 @@ def _configurations(home: Path, module: ModuleType) -> Iterator[Target]:
 
     def recorded() -> None:
         launch.register(module.Config)
-        launch._check(module.CONF_MODULE, home, [])
+        launch._check(module.CONF_MODULE, *launch._rerun([f"--rerun={home}"]))
         launch.differences(plain, path)
         checked(launch.instantiate(module.Config, OmegaConf.load(path)))
 

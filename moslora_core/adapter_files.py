@@ -14,6 +14,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from .errors import UserError
 from .record import read_json
-from .typed import build
+from .typed import build, shown
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -32,11 +33,23 @@ CARD_NAME = "README.md"
 PREFIX = "base_model.model."
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """The settings of LoRA that are used from its file; PEFT checks the type of none."""
+
+    r: int | None = None
+    lora_alpha: float | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = None
+
+
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     """``adapter_config.json`` of a saved adapter as a dictionary.
 
     Raises:
-        UserError: the folder or the file is missing, unreadable, or no JSON object.
+        UserError: the folder or the file is missing, unreadable, or no JSON object, or a setting of LoRA is of
+            another type.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -44,7 +57,13 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise UserError(f"{folder}: has no {CONFIG_NAME}; expected a saved adapter")
-    return build(dict[str, Any], read_json(path), str(path))
+    config = build(dict[str, Any], read_json(path), str(path))
+    if config.get("peft_type") in ("MOSLORA", "LORA", None):  # AdaLoRA's pattern of ranks is another thing
+        build(_Settings, config, str(path), others=True)
+        for key in ("target_modules", "exclude_modules"):  # names, or one regular expression
+            if not isinstance(config.get(key), str | None):
+                build(list[str], config[key], str(path), key)
+    return config
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -165,6 +184,21 @@ def write_adapter(
     return Path(folder)
 
 
+def regex(text: str, where: str) -> re.Pattern:
+    """A regular expression of the user's.
+
+    Args:
+        where: the setting that it stands in, for the error.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return re.compile(text)
+    except (re.error, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{where}: {shown(text)} is no regular expression ({error})") from None
+
+
 def pattern_value(pattern: Mapping[str, Any] | None, default: Any, module: str) -> Any:
     """Value that a rank or alpha pattern gives a module, by PEFT's rule.
 
@@ -174,7 +208,7 @@ def pattern_value(pattern: Mapping[str, Any] | None, default: Any, module: str) 
         module: name in the base model, such as ``model.layers.0.self_attn.q_proj``.
     """
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if regex(rf"(.*\.)?({key})$", "a pattern of modules").match(module):
             return value
     return default
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
 
-from .adapter_files import pattern_value
+from .adapter_files import pattern_value, regex
 from .errors import UserError
 from .mixer import MIXER_INITS
 from .peft_seam import MOSLORA
@@ -203,10 +202,7 @@ class MoSLoraConfig(LoraConfig):
         if not isinstance(self.mixer_pattern, dict):
             raise UserError(f"mixer_pattern must map module names to mixers, found {self.mixer_pattern!r}")
         for key in self.mixer_pattern:
-            try:
-                re.compile(key)
-            except (re.error, TypeError) as error:
-                raise UserError(f"mixer_pattern: {key!r} is no regular expression ({error})") from None
+            regex(key, "mixer_pattern")
 
     def _validate_ranks(self) -> None:
         """Refuses odd ranks for two subspaces as far as the settings tell; :meth:`check_rank` sees each module."""

@@ -216,7 +216,7 @@ def _check(config_module: str, folder: Path | None, arguments: Sequence[str]) ->
                 for value in entry[1:] if sweeps else ():
                     compose("config", overrides=[*first[:number], value, *first[number + 1 :]])
             config = compose("config", overrides=first if sweeps else overrides)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(_one_line(error)) from None
     if sweeps:
         _check_writable(Path(config.runs_dir))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
+from .adapter_files import regex
 from .config import MoSLoraConfig
 from .errors import UserError
 from .fold import fold_into_init
@@ -178,11 +179,7 @@ def _modules(setting: str, names: list[str]) -> list[str] | str | None:
         return None
     if len(names) > 1 or re.fullmatch(r"[\w.]+", names[0]):
         return list(names)
-    try:
-        re.compile(names[0])
-    except re.error as error:
-        raise UserError(f"adapter.{setting}: {names[0]!r} is no regular expression: {error}") from None
-    return names[0]
+    return regex(names[0], f"adapter.{setting}").pattern
 
 
 def _refuse_lora_settings(method: MethodConfig) -> None:

@@ -47,6 +47,7 @@ from .adapter_files import (
     read_config,
     read_pickle,
     read_safetensors,
+    regex,
     write_adapter,
 )
 from .config import MoSLoraConfig
@@ -283,7 +284,7 @@ def _convert_config(config: Mapping[str, Any], modules: Sequence[str], mixer_pat
 def _reaches(targets: Any, names: Sequence[str]) -> bool:
     """Whether PEFT finds every module that has weights under these target modules."""
     if isinstance(targets, str):
-        return targets == "all-linear" or all(re.fullmatch(targets, name) for name in names)
+        return targets == "all-linear" or all(map(regex(targets, "target_modules").fullmatch, names))
     return all(any(name == target or name.endswith(f".{target}") for target in targets or ()) for name in names)
 
 
