@@ -129,17 +129,23 @@ def fuzz(target: Target, count: int, number: int = 0) -> Tally:
         def batch(content: bytes) -> None:
             take(target, content, tally)
 
-        batch()
+        with quietly():
+            batch()
         tally.seconds = time.perf_counter() - begin
         sys.stderr.write(f"\r{target.name}: {tally.inputs} of {count}, {len(tally.findings)} findings")
     sys.stderr.write("\n")
     return tally
 
 
-def quietly() -> None:
-    """What the readers warn of is not of interest here."""
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without what the readers warn of, a hundred thousand times."""
     logging.disable(logging.CRITICAL)
-    warnings.simplefilter("ignore")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,7 +157,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--replay", type=Path, help="give this file to the one target, and raise what it raises")
     out_argument(parser, "fuzz")
     arguments = parser.parse_args(argv)
-    quietly()
     with tempfile.TemporaryDirectory() as home:
         every = targets(Path(home))
         chosen = [t for t in every if not arguments.target or any(name in t.name for name in arguments.target)]

@@ -34,7 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         import atheris
     except ImportError:
         raise UserError("atheris is not installed; pip install atheris") from None
-    quietly()
     home = Path(tempfile.mkdtemp())
     found = {target.name: target for target in targets(home / "files")}
     if arguments.target not in found:
@@ -58,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         (corpus / str(number)).write_bytes(example)
     options = [f"-runs={arguments.inputs}", f"-seed={arguments.seed}", "-max_len=65536", "-timeout=20"]
     atheris.Setup([sys.argv[0], *options, str(corpus)], one)
-    atheris.Fuzz()  # which ends the process
+    with quietly():
+        atheris.Fuzz()  # which ends the process
     return 0
 
 

@@ -452,4 +452,4 @@ def answers() -> Iterator[Target]:
             except UserError as error:
                 raise AssertionError("a response was refused") from error
 
-        yield Target(f"answers: {name}", LINES, examples, never_refused, weight=3)
+        yield Target(f"answers: {name}", LINES, examples, never_refused, weight=6)

@@ -353,6 +353,13 @@ DAMAGE = {
     "another tuner": (lambda f: edit_config(f, peft_type="LOKR"), "peft_type is 'LOKR'; expected MOSLORA"),
     "no tuner": (lambda f: edit_config(f, peft_type=None), "peft_type is None; expected MOSLORA"),
     "unknown mixer": (lambda f: edit_config(f, mixer="blended"), "'blended'"),
+    "a pattern of another kind": (lambda f: edit_config(f, alpha_pattern="q"), "alpha_pattern must be an object"),
+    "a pattern of other numbers": (
+        lambda f: edit_config(f, rank_pattern={"q": "2"}),
+        "rank_pattern.q must be a whole",
+    ),
+    "a number too large": (lambda f: edit_config(f, lora_alpha=10**400), "lora_alpha must be of finite numbers"),
+    "names that are none": (lambda f: edit_config(f, target_modules=["q", 1.5]), "target_modules.1 must be text"),
     "impossible setting": (lambda f: edit_config(f, task_type="COOKING"), "COOKING"),
     "truncated": (
         lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:-7]),

@@ -99,6 +99,7 @@ def test_multirun_runs_every_combination(tmp_path):
         (("seed=one",), "one"),
         (("training.epochs=many",), "many"),
         (("method=moslorra",), "moslorra"),
+        (("method=1.5",), "float"),
         (("scale=huge",), "huge"),
         (("protocol=mine",), "mine"),
         (("seed",), "seed"),
