@@ -96,7 +96,7 @@ def load_runs(root: Path, experiment: str, scale: str | None = None) -> tuple[li
     """
     records = {record.path for record in find_runs(root, experiment)}
     # A seed's folder without status.json is no record to find_runs; it is named here, not passed over.
-    records.update(path for path in Path(root).glob(f"{experiment}/*/*/*/seed-*") if path.is_dir())
+    records.update(path for path in Path(root).glob(f"{experiment}/[!.]*/[!.]*/[!.]*/seed-*") if path.is_dir())
     runs, left_out = [], []
     for path in sorted(records):
         found_scale = path.parts[-4]

@@ -698,13 +698,16 @@ class RunRecord:
 
 
 def find_runs(root: str | Path, experiment: str | None = None) -> list[RunRecord]:
-    """Every run folder below ``root`` (a folder that holds status.json), in a stable order."""
+    """Every run folder below ``root`` (a folder that holds status.json), in a stable order.
+
+    Hidden folders hold none: they are those of a folder of runs that is being written, or was when it was killed.
+    """
     root = Path(root)
     if not root.is_dir():
         raise UserError(
             f"no folder of runs at {root}; expected runs/<experiment>/<scale>/<method>/<overrides>/seed-<n>"
         )
-    pattern = f"{experiment or '*'}/*/*/*/seed-*/status.json"
+    pattern = f"{experiment or '[!.]*'}/[!.]*/[!.]*/[!.]*/seed-*/status.json"
     return [RunRecord(path.parent) for path in sorted(root.glob(pattern))]
 
 

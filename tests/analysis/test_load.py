@@ -36,6 +36,7 @@ def test_runs_of_other_experiments_and_scales_are_not_read(runs):
     runs.add(seed=1)
     runs.add(seed=1, scale="small")
     runs.add(seed=1, experiment="visual_instruction")
+    runs.add(seed=1, scale=".smoke.new")  # of copies that were being written when they were killed
     assert {run.scale for run in load_runs(runs.root, EXPERIMENT)[0]} == {"smoke", "small"}
     assert [run.scale for run in load_runs(runs.root, EXPERIMENT, "small")[0]] == ["small"]
 

@@ -422,6 +422,7 @@ def test_runs_are_found_in_order(tmp_path):
     for place in places:
         RunRecord.locate(root, *place).set_status("finished", "train")
     (root / "common" / "smoke" / "lora" / "default" / "seed-7").mkdir()  # nothing ran there
+    RunRecord.locate(root, "common", ".smoke.new", "lora", "default", 0).set_status("finished", "train")
     found = [str(run.path.relative_to(root)) for run in find_runs(root)]
     assert found == [
         "common/smoke/lora/default/seed-0",
