@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,14 +32,23 @@ PICKLE_NAME = "adapter_model.bin"
 CARD_NAME = "README.md"
 PREFIX = "base_model.model."
 
+_Rank = Annotated[int, 1]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    peft_type: str | None = None
+
 
 @dataclass(frozen=True)
 class _Settings:
     """The settings of LoRA that are used from its file; PEFT checks the type of none."""
 
-    r: int | None = None
-    lora_alpha: float | None = None
-    rank_pattern: dict[str, int] | None = None
+    r: _Rank = 8
+    lora_alpha: float = 8
+    target_modules: list[str] | str | None = None  # names, or one regular expression
+    exclude_modules: list[str] | str | None = None
+    rank_pattern: dict[str, _Rank] | None = None
     alpha_pattern: dict[str, float] | None = None
     use_rslora: bool | None = None
 
@@ -58,11 +67,12 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder}: has no {CONFIG_NAME}; expected a saved adapter")
     config = build(dict[str, Any], read_json(path), str(path))
+    build(_Kind, config, str(path), others=True)
     if config.get("peft_type") in ("MOSLORA", "LORA", None):  # AdaLoRA's pattern of ranks is another thing
-        build(_Settings, config, str(path), others=True)
-        for key in ("target_modules", "exclude_modules"):  # names, or one regular expression
-            if not isinstance(config.get(key), str | None):
-                build(list[str], config[key], str(path), key)
+        settings = build(_Settings, config, str(path), others=True)
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(settings, name) or {}:
+                regex(key, f"{path}: {name}")
     return config
 
 

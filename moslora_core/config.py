@@ -176,7 +176,7 @@ class MoSLoraConfig(LoraConfig):
         for name, mixer in mixers.items():
             if mixer not in MIXERS:
                 raise UserError(f"{name}={mixer!r} is unknown; expected one of {', '.join(MIXERS)}")
-        if self.mixer_init not in MIXER_INITS:
+        if self.mixer_init not in tuple(MIXER_INITS):
             raise UserError(f"mixer_init={self.mixer_init!r} is unknown; expected one of {', '.join(MIXER_INITS)}")
         seed = self.mixer_seed
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
@@ -205,11 +205,19 @@ class MoSLoraConfig(LoraConfig):
             regex(key, "mixer_pattern")
 
     def _validate_ranks(self) -> None:
-        """Refuses odd ranks for two subspaces as far as the settings tell; :meth:`check_rank` sees each module."""
+        """Refuses what is no rank, and odd ones for two subspaces as far as the settings tell.
+
+        :meth:`check_rank` sees each module.
+        """
+        patterns = {} if self.rank_pattern is None else self.rank_pattern
+        if not isinstance(patterns, dict):
+            raise UserError(f"rank_pattern must map module names to ranks, found {patterns!r}")
+        ranks = {f"rank_pattern[{key!r}]": rank for key, rank in patterns.items()}
+        for name, rank in ({"r": self.r} | ranks).items():
+            if not isinstance(rank, int) or isinstance(rank, bool):
+                raise UserError(f"{name} must be a whole number, found {rank!r}")
         if "two_subspaces" not in self._mixers().values():
             return
-        patterns = self.rank_pattern or {}
-        ranks = {f"rank_pattern[{key!r}]": rank for key, rank in patterns.items()}
         if not self.mixer_pattern:
             ranks = {"r": self.r} | ranks
         elif not patterns:

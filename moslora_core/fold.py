@@ -30,7 +30,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from .adapter_files import PREFIX, check_output, read_config, read_weights, write_adapter
+from .adapter_files import PREFIX, check_output, pattern_value, read_config, read_weights, write_adapter
 from .config import MixerSetting, MoSLoraConfig
 from .errors import UserError
 from .mixer import fold_into_a, fold_into_b
@@ -207,12 +207,17 @@ def _check_complete(config: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
                 continue
             promised = _mixer_setting(settings, parent)
             mixed = f"{module}.raw" in tensors or f"{other}.raw" in tensors
+            if mixed:
+                A = tensors[f"{other}.{'raw' if f'{other}.raw' in tensors else 'weight'}"]
+                _check_rank(settings, parent, other, A)
             if mixed != promised.exists:
                 has = "a" if mixed else "no"
                 raise UserError(f"{key}: has {has} mixer, though the configuration says mixer={promised.mixer}")
         elif leaf == "lora_embedding_B":
             found = True
             promised = _mixer_setting(settings, module)
+            if (A := tensors.get(f"{module}.lora_embedding_A")) is not None:
+                _check_rank(settings, module, f"{module}.lora_embedding_A", A)
             if promised.exists and f"{module}.lora_mixer" not in tensors:
                 raise UserError(f"{key}: its mixer {module}.lora_mixer is missing")
             if not promised.exists and f"{module}.lora_mixer" in tensors:
@@ -221,10 +226,21 @@ def _check_complete(config: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
         raise UserError("weights hold no lora_A, lora_B or lora_embedding_B; expected those of a MoSLoRA adapter")
 
 
+def _check_rank(config: MoSLoraConfig, module: str, key: str, A: torch.Tensor) -> None:
+    rank = pattern_value(config.rank_pattern, config.r, _layer(module))
+    if A.shape[:1] != (rank,):
+        raise UserError(f"{key}: has shape {tuple(A.shape)}; expected rank {rank} first, as the configuration says")
+
+
+def _layer(module: str) -> str:
+    """Name of a module in the base model from that on disk."""
+    # Multi-head attention's output projection is adapted inside the layer, with the layer's settings.
+    return module.removeprefix(PREFIX).split(".base_layer.")[0]
+
+
 def _mixer_setting(config: MoSLoraConfig, module: str) -> MixerSetting:
     """The mixer of a module under its name on disk."""
-    # Multi-head attention's output projection is adapted inside the layer, with the layer's mixer.
-    return config.mixer_of(module.removeprefix(PREFIX).split(".base_layer.")[0])
+    return config.mixer_of(_layer(module))
 
 
 # ------------------------------------------------------------------------------------------------------------- start

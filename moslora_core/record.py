@@ -54,7 +54,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SCHEMA_VERSION = 1
-LOGGED = ("step", "seconds")  # what every line of metrics.jsonl has
 STATES = ("running", "finished", "failed")
 INTERRUPTED = "interrupted"
 _TEMPORARY = ".tmp"
@@ -203,6 +202,14 @@ class Prediction:
     prediction: str | None
     correct: bool
     response: str | None = None
+
+
+@dataclass
+class _Logged:
+    """What every line of the log has beside its numbers."""
+
+    step: Count
+    seconds: Seconds
 
 
 @dataclass
@@ -360,6 +367,8 @@ def read_log(path: Path) -> bytes:
     """
     try:
         content = path.read_bytes()
+        if path.suffix == ".gz" and not content:  # to gzip, as many files as there are
+            raise EOFError("an empty one")
         return gzip.decompress(content) if path.suffix == ".gz" else content
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged: expected a gzip file, found {error}") from None
@@ -605,8 +614,9 @@ class RunRecord:
             UserError: a line is damaged.
         """
         path = self.metrics_path
-        rows = read_jsonl(path, LOGGED) if path.exists() else []
+        rows = read_jsonl(path) if path.exists() else []
         for number, row in enumerate(rows, start=1):
+            build(_Logged, row, f"{path} line {number}", others=True)
             build(dict[str, float | None], row, f"{path} line {number}")
         return rows
 
@@ -638,8 +648,8 @@ class RunRecord:
         with self._locked() as lock:
             if fresh:
                 self._clear(keep=lock)
+            self._note_environment(name, start=True)  # a damaged one is refused before anything is changed
             self.set_status("running", name)
-            self._note_environment(name, start=True)
             try:
                 yield
             except BaseException as error:

@@ -33,7 +33,6 @@ from .errors import UserError
 from .launch import world_size
 from .methods import MethodConfig
 from .record import (
-    LOGGED,
     RunRecord,
     Stopwatch,
     Training,
@@ -401,7 +400,7 @@ def resume_point(record: RunRecord) -> str | None:
     step = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
     if is_main_process():
         record.metrics()  # refuses damage, in words
-        repair_jsonl(record.metrics_path, keep=lambda row: row["step"] <= step, keys=LOGGED)
+        repair_jsonl(record.metrics_path, keep=lambda row: row["step"] <= step)
         for kept, folder in record.kept_adapters().items():
             if kept > step:
                 shutil.rmtree(folder)

@@ -126,6 +126,8 @@ def _module_factors(config: Mapping, tensors: Mapping[str, torch.Tensor], module
     def first(*names: str) -> torch.Tensor:
         for name in names:
             if (tensor := tensors.get(f"{module}.{name}")) is not None:
+                if tensor.ndim < 2:
+                    raise UserError(f"{name} has shape {tuple(tensor.shape)}; expected a matrix or a kernel")
                 return tensor
         raise UserError(f"has no {' or '.join(names)}")
 

@@ -1,6 +1,6 @@
 """Dataclasses out of JSON and YAML: every value is checked against the annotation of its field where it is read.
 
-Annotations are dataclasses, ``str``, ``int``, ``float``, ``bool``, ``Any``, ``X | None``, ``dict[str, X]``,
+Annotations are dataclasses, ``str``, ``int``, ``float``, ``bool``, ``Any``, ``X | Y``, ``None``, ``dict[str, X]``,
 ``list[X]``, ``tuple[X, ...]``, ``tuple[X, Y]``, and ``Annotated[X, low]`` or ``Annotated[X, low, high]`` for numbers
 within bounds. JSON as Python reads it may hold NaN, infinities and integers of any size, which are refused.
 """
@@ -65,8 +65,11 @@ def build(kind: type[T], value: Any, where: str, key: str = "", *, others: bool 
             return instance(kind, value, key)
         origin, arguments = get_origin(kind), get_args(kind)
         if origin in (Union, UnionType):
-            (inner,) = (argument for argument in arguments if argument is not NoneType)
-            return None if value is None else of(inner, value, key)
+            if value is None and NoneType in arguments:
+                return None
+            kinds = [argument for argument in arguments if argument is not NoneType]
+            alike = [inner for inner in kinds if type(value) is (get_origin(inner) or inner)]
+            return of((alike or kinds)[0], value, key)
         if origin is Annotated:
             inner, low, high = (*arguments, math.inf)[:3]
             if not low <= of(inner, value, key) <= high:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .row import BadInput
 
@@ -33,6 +35,30 @@ def instead(file: str, before: Callable[[Path], object], content: bytes) -> Call
     def write(folder: Path) -> None:
         before(folder)
         put(folder / file, content)
+
+    return write
+
+
+# What JSON can say and Python's writer cannot; an edit puts the name where the value is to stand.
+LITERALS = {"<1e400>": "1e400", "<huge>": "9" * 5000, "<half>": r'"\ud800"'}
+
+
+def edited(file: str, before: Callable[[Path], object], change: Callable[[Any], object]) -> Callable[[Path], object]:
+    """Writes what ``before`` writes, and changes the content of one of its JSON files, or of every line of a log."""
+
+    def text(line: str) -> str:
+        raw = json.loads(line)
+        change(raw)
+        found = json.dumps(raw)
+        for name, literal in LITERALS.items():
+            found = found.replace(json.dumps(name), literal)
+        return found
+
+    def write(folder: Path) -> None:
+        before(folder)
+        path = folder / file
+        content = path.read_text(encoding="utf-8")
+        put(path, "".join(f"{text(line)}\n" for line in content.splitlines()) if ".jsonl" in file else text(content))
 
     return write
 
