@@ -196,10 +196,14 @@ def _votes(folder: Path, design: _Design, kinds: Mapping[str, str]) -> tuple[Vot
 
 
 def _vote(row: Mapping[str, str], where: str, questions: Sequence[str], kinds: Mapping[str, str]) -> Vote:
+    if not row["rater"] or None in row or None in row.values():
+        raise UserError(f"{where}: expected {', '.join(_COLUMNS)}, found {shown(list(row.values()))}")
     allowed = {"pair": kinds, "question": questions, "winner": _WINNERS, "choice": ("left", "tie", "right")}
     for column, known in allowed.items():
         if row[column] not in known:
             raise UserError(f"{where}: {column} {row[column]!r} is not of this study")
+    if row["expected"] not in ("", *_WINNERS):
+        raise UserError(f"{where}: expected {shown(row['expected'])} is not of this study")
     expected = row["expected"] if kinds[row["pair"]] != "pair" else ""
     return Vote(
         rater=row["rater"],

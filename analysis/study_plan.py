@@ -194,6 +194,11 @@ def read_study(path: Path) -> Study:
     settings = _settings(raw.settings, f"{path}: settings")
     if "scale" not in dict(settings):
         raise UserError(f"{path}: settings has no scale; expected one such as smoke")
+    parts = {"name": raw.name, "experiment": raw.experiment, "settings.scale": dict(settings)["scale"]}
+    parts |= {f"{key}.{name}": name for key in ("arms", "variants") for name in getattr(raw, key)}
+    parts |= {f"references.{number}": name for number, name in enumerate(raw.references)}
+    for key, name in parts.items():
+        _check_name(name, f"{path}: {key}")
     fixed = {name: _number(rate, f"{path}: rates.fixed.{name}") for name, rate in rates.fixed.items()}
     arms = tuple(_arm(name, given, fixed.pop(name, None), f"{path}: arms.{name}") for name, given in raw.arms.items())
     if fixed:
@@ -231,6 +236,12 @@ def read_study(path: Path) -> Study:
     )
 
 
+def _check_name(name: str, where: str) -> None:
+    """What names a folder of runs or a log must not lead elsewhere."""
+    if name in ("", ".", "..") or {"/", "\\", "\0"} & set(name):
+        raise UserError(f"{where} must be the name of a folder, not a path; found {shown(name)}")
+
+
 def _settings(given: _Values, where: str) -> Settings:
     for key, value in given.items():
         if isinstance(value, dict | list):
@@ -249,6 +260,7 @@ def _arm(name: str, given: _Values, rate: float | None, where: str) -> Arm:
     settings = dict(_settings(given, where))
     if "method" not in settings:
         raise UserError(f"{where}: method is missing")
+    _check_name(settings["method"], f"{where}.method")
     return Arm(name, settings.pop("method"), tuple(settings.items()), rate)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -77,18 +77,33 @@ def read_drawn(record: RunRecord) -> list[DrawnImage]:
     return found
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What generation.json says: ``fingerprint`` is of all that the images depend on."""
+
+    fingerprint: str | None = None
+    finished: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def read_facts(record: RunRecord) -> Facts:
+    """The facts of a run's images, finished or not.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    path = record.path / FACTS
+    return build(Facts, read_json(path), f"{path} is damaged", others=True) if path.exists() else Facts()
+
+
 def drawing_settings(record: RunRecord) -> dict[str, Any] | None:
     """The settings that a run's images were drawn with; None where they are not all there.
 
     Raises:
         UserError: a damaged file.
     """
-    path = record.path / FACTS
-    facts = read_json(path) if path.exists() else {}
-    settings = facts.get("settings", {}) if isinstance(facts, dict) else None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} is damaged: expected what generate writes")
-    return settings if facts.get("finished") else None
+    facts = read_facts(record)
+    return facts.settings if facts.finished else None
 
 
 def verified(record: RunRecord, image: DrawnImage) -> Path:

@@ -376,14 +376,11 @@ def read_log(path: Path) -> bytes:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def read_jsonl(path: Path, keys: Iterable[str] = ()) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Reads a log written by :func:`append_jsonl`; a last line without its newline was torn by a kill and is dropped.
 
-    Args:
-        keys: what every line must have.
-
     Raises:
-        UserError: if any other line is not a JSON object, or lacks a key.
+        UserError: if any other line is not a JSON object.
     """
     lines = read_log(path).split(b"\n")  # bytes: a line may be torn inside a character
     rows = []
@@ -395,16 +392,13 @@ def read_jsonl(path: Path, keys: Iterable[str] = ()) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             found = line[:60].decode("utf-8", errors="replace")
             raise UserError(f"{path} line {number} is damaged: expected a JSON object, found {found!r}")
-        for key in keys:
-            if key not in row:
-                raise UserError(f"{path} line {number} is damaged: it has no {key!r}; found {', '.join(row)}")
         rows.append(row)
     return rows
 
 
-def repair_jsonl(path: Path, keep=lambda row: True, keys: Iterable[str] = ()) -> list[dict[str, Any]]:
+def repair_jsonl(path: Path, keep=lambda row: True) -> list[dict[str, Any]]:
     """Rewrites a log without a torn last line and without rows that ``keep`` refuses; returns the rows left."""
-    rows = [row for row in read_jsonl(path, keys) if keep(row)] if path.exists() else []
+    rows = [row for row in read_jsonl(path) if keep(row)] if path.exists() else []
     write_atomic(path, "".join(_json(path, row) for row in rows))
     return rows
 

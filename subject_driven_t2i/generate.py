@@ -21,15 +21,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from moslora_core import launch
-from moslora_core.drawn_images import FACTS, MANIFEST, SCORES, DrawnImage
+from moslora_core.drawn_images import FACTS, MANIFEST, SCORES, DrawnImage, read_drawn, read_facts
 from moslora_core.errors import UserError
 from moslora_core.evaluations import fingerprint, is_base, trained_adapter
 from moslora_core.prepared import sha256
 from moslora_core.record import (
     RunRecord,
     append_jsonl,
-    read_json,
-    read_jsonl,
     repair_jsonl,
     write_atomic,
     write_json,
@@ -62,15 +60,10 @@ def settings(config: Config) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- record
 
 
-def _facts(record: RunRecord) -> dict[str, Any]:
-    path = record.path / FACTS
-    return read_json(path) if path.exists() else {}
-
-
-def _whole(record: RunRecord, row: dict[str, Any]) -> bool:
+def _whole(record: RunRecord, drawn: DrawnImage) -> bool:
     """Whether the image of a line of the manifest is there, as it was drawn."""
-    path = record.path / row["file"]
-    return path.is_file() and sha256(path) == row["sha256"]
+    path = record.path / drawn.file
+    return path.is_file() and sha256(path) == drawn.sha256
 
 
 def _is_done(record: RunRecord, expected: str, wanted: Sequence[Request], on_finished: str) -> bool:
@@ -80,16 +73,14 @@ def _is_done(record: RunRecord, expected: str, wanted: Sequence[Request], on_fin
         UserError: they are there under ``refuse``, or are of another adapter or of other settings.
     """
     check_on_finished(on_finished)
-    facts = _facts(record)
-    if on_finished == "overwrite" or not facts.get("finished"):
+    if on_finished == "overwrite" or not (facts := read_facts(record)).finished:
         return False
-    if facts.get("fingerprint") != expected:
+    if facts.fingerprint != expected:
         raise UserError(
             f"{record.path} has images of another adapter, other prompts or other settings; "
             "on_finished=overwrite replaces them"
         )
-    rows = read_jsonl(record.path / MANIFEST) if (record.path / MANIFEST).exists() else []
-    if sum(_whole(record, row) for row in rows) < len(wanted):
+    if sum(_whole(record, drawn) for drawn in read_drawn(record)) < len(wanted):
         return False
     record.settle(STAGE)
     if on_finished == "refuse":
@@ -106,7 +97,8 @@ def _key(request: Request) -> tuple[int, int]:
 
 def _finished_before(record: RunRecord, expected: str, overwrite: bool) -> set[tuple[int, int]]:
     """Images that an earlier start drew and that are kept, as (prompt, image); everything else is removed."""
-    keeps = _facts(record).get("fingerprint") == expected and not overwrite
+    keeps = not overwrite and read_facts(record).fingerprint == expected
+    kept = {drawn.key for drawn in read_drawn(record) if _whole(record, drawn)} if keeps else set()
     manifest = record.path / MANIFEST
     if not keeps:
         if manifest.exists() and not overwrite:
@@ -114,8 +106,11 @@ def _finished_before(record: RunRecord, expected: str, overwrite: bool) -> set[t
         _forget_scores(record)
         shutil.rmtree(record.path / IMAGES_FOLDER, ignore_errors=True)
     write_json(record.path / FACTS, {"fingerprint": expected, "finished": False})
-    rows = repair_jsonl(manifest, keep=lambda row: keeps and _whole(record, row))
-    return {(row["prompt_index"], row["index"]) for row in rows}
+    if keeps:
+        repair_jsonl(manifest, keep=lambda row: (row["prompt_index"], row["index"]) in kept)
+    else:
+        write_atomic(manifest, "")
+    return kept
 
 
 def _forget_scores(record: RunRecord) -> None:

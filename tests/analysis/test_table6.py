@@ -310,7 +310,7 @@ def test_votes_that_are_not_exported_are_asked_for(studies):
         ("prompt_consistency", "beauty", "question 'beauty' is not of this study"),
         ("first", "moslora", "winner 'moslora' is not of this study"),
         ("winner", "won", "votes.csv has no column winner"),
-        ("001,001,subject_similarity,left,first,", "001", "votes.csv line 2: pair None is not of this study"),
+        ("001,001,subject_similarity,left,first,", "001", "votes.csv line 2: expected rater, pair, question"),
     ],
 )
 def test_damaged_votes_are_named(studies, old, new, expected):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .row import BadInput
+from .row import BadInput, contents
 
 _DEEP = 100_000
 
@@ -37,6 +39,22 @@ def instead(file: str, before: Callable[[Path], object], content: bytes) -> Call
         put(folder / file, content)
 
     return write
+
+
+def once(write: Callable[[Path], object]) -> Callable[[Path], None]:
+    """``write``, called once in all; its files are copied for every row."""
+
+    @functools.cache
+    def written() -> dict[str, bytes]:
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder))
+            return contents(Path(folder))
+
+    def copy(folder: Path) -> None:
+        for name, content in written().items():
+            put(folder / name, content)
+
+    return copy
 
 
 # What JSON can say and Python's writer cannot; an edit puts the name where the value is to stand.

@@ -18,7 +18,7 @@ from moslora_core.knock_out import knock_out_adapter
 from moslora_core.official import convert_folder
 from moslora_core.subspaces import adapter_factors
 
-from .files import NOT_JSON, edited, instead, put, unreadable
+from .files import NOT_JSON, edited, instead, once, put, unreadable
 from .row import BadInput, check_refused
 
 CONFIG = {"peft_type": "MOSLORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "mixer": "learned"}
@@ -36,11 +36,13 @@ NO_WEIGHTS = {
 }
 
 
+@once
 def write(folder: Path) -> None:
     tensors = {A: torch.ones(2, 4), B: torch.ones(3, 2), M: torch.eye(2)}
     write_adapter(folder / "adapter", CONFIG, tensors)
 
 
+@once
 def write_theirs(folder: Path) -> None:
     tensors = {A: torch.ones(2, 4), AB: torch.eye(2), B.replace("raw", "weight"): torch.ones(3, 2)}
     write_adapter(folder / "adapter", {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"]}, tensors)

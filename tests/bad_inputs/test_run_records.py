@@ -31,7 +31,7 @@ from moslora_core.record import (
 )
 from moslora_core.running import TrainingConfig, resume_point, zero_stage
 
-from .files import NOT_JSON, edited, instead, put, unreadable
+from .files import NOT_JSON, edited, instead, once, put, unreadable
 from .row import BadInput, check_refused
 
 RESULTS, STATUS, ENVIRONMENT = "results.json", "status.json", "environment.json"
@@ -59,7 +59,7 @@ NOT_YAML = {
     "has a NUL byte": b"a: \x00",
     "is a list": b"- a\n",
     "is a number": b"3\n",
-    "nests too deep": b"[" * 10_000,
+    "nests too deep": b"[" * 2000,
     "has 5000 digits": b"a: " + b"9" * 5000,
     "has a wrong tag": b"a: !!int x",
     "asks for code": b"a: !!python/object/apply:os.getcwd []",
@@ -75,6 +75,7 @@ def record(folder: Path) -> RunRecord:
     return RunRecord(folder)
 
 
+@once
 def write(folder: Path) -> None:
     """A record of everything, and what stands beside it."""
     run = record(folder)

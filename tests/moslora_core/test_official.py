@@ -337,7 +337,7 @@ REFUSED = {
     "no A": (without("lora_A"), r"layers\.0\.q_proj: has no lora_A"),
     "no B": (without("lora_B"), r"layers\.0\.q_proj: has no lora_B"),
     "another rank": (lambda c, t: c.update(r=8), r"rank 4, shape \(4, 8\); the configuration says 8"),
-    "no alpha": (lambda c, t: c.update(lora_alpha=None), "lora_alpha is None"),
+    "no alpha": (lambda c, t: c.update(lora_alpha=None), "lora_alpha must be a finite number, found None"),
     "modules of another kind": (lambda c, t: c.update(target_modules=1.5), "target_modules must be a list"),
     "modules by no expression": (lambda c, t: c.update(target_modules="*q"), r"'\*q' is no regular expression"),
     "ranks by no expression": (lambda c, t: c.update(rank_pattern={"(q": 4}), "is no regular expression"),

@@ -387,7 +387,7 @@ def test_damaged_adapters_are_refused_by_name(saved, tmp_path):
     content = json.loads(config.read_text())
     save_file(tensors, weights)
     config.write_text(json.dumps(content | {"lora_alpha": None}))
-    with pytest.raises(UserError, match="lora_alpha of"):
+    with pytest.raises(UserError, match="lora_alpha must be a finite number, found None"):
         adapter_factors(saved)
     config.write_text(json.dumps(content | {"peft_type": "LOKR"}))
     with pytest.raises(UserError, match="LOKR; expected LORA or MOSLORA"):
