@@ -354,7 +354,7 @@ def test_a_damaged_log_is_named(config, kill_at):
         main(config)
     path = locate(config).metrics_path
     path.write_text(path.read_text().replace('"step": 2', '"stap": 2'))
-    assert refusal(config).startswith(f"{path} line 2: unknown key")
+    assert refusal(config).startswith(f"{path} line 2: step is missing")
 
 
 def test_a_stopped_run_goes_on_under_the_same_settings_alone(config, kill_at):
