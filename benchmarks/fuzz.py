@@ -167,11 +167,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             chosen[0].read(arguments.replay.read_bytes())
             return 0
         share = arguments.inputs / sum(target.weight for target in chosen)
-        tallies = {target.name: fuzz(target, round(target.weight * share), arguments.seed) for target in chosen}
-    for name, tally in tallies.items():
-        for finding in tally.findings.values():
-            path = _kept(arguments.findings, name, finding.content)
-            sys.stderr.write(f"{finding.error} at {finding.where}: --target '{name}' --replay {path}\n")
+        tallies = {}
+        for target in chosen:
+            tallies[target.name] = fuzz(target, round(target.weight * share), arguments.seed)
+            for finding in tallies[target.name].findings.values():
+                path = _kept(arguments.findings, target.name, finding.content)
+                sys.stderr.write(f"{finding.error} at {finding.where}: --target '{target.name}' --replay {path}\n")
     rows = [_row(area, [tallies[t.name] for t in chosen if t.area == area]) for area in {t.area: 0 for t in chosen}]
     rows.append(_row("in all", list(tallies.values())))
     numbers = {name: {**tally.counts(), "errors": _errors(tally)} for name, tally in tallies.items()}
