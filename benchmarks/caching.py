@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import configuration, out_argument, ratio, report, run, side_by_side
+from common import configuration, operations, out_argument, ratio, report, run, side_by_side
 from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import subject_driven_t2i.config as t2i
@@ -68,12 +67,6 @@ SDXL_TEXT = (
     ),
 )
 TEXT_TOKENS = 100  # of a conversation behind an image, about the mean of LLaVA's instructions
-
-
-def operations(way: Way) -> int:
-    with FlopCounterMode(display=False) as counter:
-        way()
-    return counter.get_total_flops()
 
 
 def step(model: nn.Module, loss: Way) -> Way:

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
 from hydra import compose, initialize_config_module
+from torch.utils.flop_counter import FlopCounterMode
 
 from moslora_core import launch
 from moslora_core.arguments import Parser
@@ -75,6 +76,13 @@ def side_by_side(
             if turn >= 0:
                 found[name].append(taken)
     return found
+
+
+def operations(of: Callable[[], Any]) -> int:
+    """Floating-point operations of the products (of matrices, convolutions and attention) in a call."""
+    with FlopCounterMode(display=False) as counter:
+        of()
+    return counter.get_total_flops()
 
 
 def ratio(of: Sequence[float], to: Sequence[float]) -> Spread:
