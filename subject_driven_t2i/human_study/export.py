@@ -30,7 +30,7 @@ def export(folder: Path) -> Path:
         The file.
 
     Raises:
-        UserError: no study, or no votes of it.
+        UserError: no study, or no votes of it alone.
     """
     study = read_study(folder)
     if not (folder / store.VOTES_FILE).is_file():
@@ -40,9 +40,8 @@ def export(folder: Path) -> Path:
     writer = csv.DictWriter(buffer, FIELDS, lineterminator="\n")
     writer.writeheader()
     store.open_store(folder)
+    store.check_study(folder, study)
     for vote in store.all_votes(folder, study.questions):
-        if vote.pair not in pairs:
-            raise UserError(f"{folder / store.VOTES_FILE}: a vote on pair {vote.pair}, which is not of the study")
         writer.writerow(_row(vote, pairs[vote.pair], study))
     path = folder / CSV_FILE
     write_atomic(path, buffer.getvalue())

@@ -53,10 +53,11 @@ def create_app(folder: Path, hosts: Sequence[str] | None = None) -> Flask:
         hosts: names by which the server may be addressed; null for any.
 
     Raises:
-        UserError: no study there, or its votes cannot be written.
+        UserError: no study there, or its votes cannot be written or are of another.
     """
     study = read_study(folder)
     store.open_store(folder)
+    store.check_study(folder, study)
     pairs = {pair.id: pair for pair in study.pairs}
     app = Flask(__name__)
     app.config.update(MAX_CONTENT_LENGTH=MAX_BODY, TRUSTED_HOSTS=None if hosts is None else list(hosts))

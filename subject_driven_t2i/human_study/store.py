@@ -98,6 +98,23 @@ def open_store(folder: Path) -> None:
             raise sqlite3.DatabaseError(found.splitlines()[-1])
 
 
+def check_study(folder: Path, study: Study) -> None:
+    """Checks that the votes are on this study.
+
+    Raises:
+        UserError: names a pair that raters were shown, or a question that they answered, which are of another.
+    """
+    with _connection(folder) as connection:
+        shown = {pair for (pair,) in connection.execute("SELECT DISTINCT pair FROM screens")}
+        answered = {question for (question,) in connection.execute("SELECT DISTINCT question FROM votes")}
+    for what, found, known in (
+        ("pair", shown, {pair.id for pair in study.pairs}),
+        ("question", answered, set(study.questions)),
+    ):
+        if other := sorted(found - known):
+            raise UserError(f"{folder / VOTES_FILE}: votes on {what} {other[0]}, which is not of the study")
+
+
 def add_rater(folder: Path, study: Study) -> str:
     """Takes in a rater, with an order and sides of their own; returns the code by which they come back.
 
@@ -161,11 +178,7 @@ def vote(folder: Path, rater: int, pair: str, question: str, choice: str) -> Non
 
 
 def all_votes(folder: Path, questions: Sequence[str]) -> list[Vote]:
-    """Every vote that counts, by rater, position and question in the order of ``questions``.
-
-    Raises:
-        UserError: a vote on another question.
-    """
+    """Every vote that counts, by rater, position and question in the order of ``questions``."""
     with _connection(folder) as connection:
         rows = connection.execute(
             "SELECT rater, position, pair, swapped, question, choice,"
@@ -174,8 +187,6 @@ def all_votes(folder: Path, questions: Sequence[str]) -> list[Vote]:
             " voted_at FROM votes AS v JOIN screens USING (rater, pair) ORDER BY rater, position"
         ).fetchall()
     votes = [Vote(rater, position, pair, bool(swapped), *rest) for rater, position, pair, swapped, *rest in rows]
-    if other := [vote.question for vote in votes if vote.question not in questions]:
-        raise UserError(f"{folder / VOTES_FILE}: a vote on question {other[0]}, which is not of the study")
     return sorted(votes, key=lambda vote: (vote.rater, vote.position, questions.index(vote.question)))
 
 

@@ -154,7 +154,7 @@ def test_damaged_votes_end_the_export_and_the_server_in_one_line(runs, served, m
     assert not (served[0] / "votes.csv").exists()
 
 
-def test_votes_of_another_study_are_refused(runs, served, capsys):
+def test_votes_of_another_study_are_refused(runs, served, monkeypatch, capsys):
     call(runs, *SERVE, *METHODS)
     call(runs, *SERVE, *METHODS, "--prompts", "4", "--name", "larger")
     small, large = served
@@ -162,7 +162,14 @@ def test_votes_of_another_study_are_refused(runs, served, capsys):
     store.add_rater(large, read_study(large))
     store.vote(large, 1, read_study(large).pairs[-1].id, QUESTIONS[0], "left")
     (large / store.VOTES_FILE).rename(small / store.VOTES_FILE)
-    assert "a vote on pair 010, which is not of the study" in refused(capsys, runs, "export")
+    monkeypatch.setattr(command, "serve", server.serve)
+    for arguments in (["export"], ["serve", "--port", "0"]):
+        assert "votes on pair 007, which is not of the study" in refused(capsys, runs, *arguments)
+    (large / store.VOTES_FILE).unlink(missing_ok=True)
+    store.open_store(large)
+    store.add_rater(large, read_study(small))
+    store.vote(large, 1, read_study(small).pairs[0].id, QUESTIONS[0], "left")
+    (large / store.VOTES_FILE).rename(small / store.VOTES_FILE)
     with sqlite3.connect(small / store.VOTES_FILE) as connection:
         connection.execute("UPDATE votes SET question = 'beauty'")
-    assert "a vote on question beauty, which is not of the study" in refused(capsys, runs, "export")
+    assert "votes on question beauty, which is not of the study" in refused(capsys, runs, "export")
