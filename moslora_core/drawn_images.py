@@ -68,8 +68,8 @@ def read_drawn(record: RunRecord) -> list[DrawnImage]:
     if not path.exists():
         return []
     found = [build(DrawnImage, row, f"{path} line {number}") for number, row in enumerate(read_jsonl(path), start=1)]
-    for image in found:
-        inside(record.path, image.file, str(path))
+    for number, image in enumerate(found, start=1):
+        inside(record.path, image.file, f"{path} line {number}")
     found.sort(key=lambda image: image.key)
     for image, following in pairwise(found):
         if image.key == following.key:

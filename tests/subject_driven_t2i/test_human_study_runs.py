@@ -126,9 +126,9 @@ def test_a_side_has_one_method_for_all_subjects(runs):
     [
         (lambda rows: rows[1].update(index=0), "image 0 of prompt 0 is there twice"),
         (lambda rows: rows[1].update(file="../../secret.png"), "line 2: file must lie in "),
-        (lambda rows: rows[1].update(index="1"), "line 2: index must be int, found '1'"),
-        (lambda rows: rows[1].update(index=True), "line 2: index must be int, found True"),
-        (lambda rows: rows[1].pop("sha256"), "line 2: sha256 must be str, found None"),
+        (lambda rows: rows[1].update(index="1"), "line 2: index must be a whole number, found '1'"),
+        (lambda rows: rows[1].update(index=True), "line 2: index must be a whole number, found True"),
+        (lambda rows: rows[1].pop("sha256"), "line 2: sha256 is missing"),
     ],
 )
 def test_a_damaged_manifest_is_named(runs, damage, expected):
