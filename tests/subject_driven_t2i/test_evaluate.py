@@ -449,7 +449,7 @@ def a_damaged_row(config, record):
         (fewer_asked_for, r"has 4 images that generation.prompts and generation.images_per_prompt do not ask for"),
         (another_prompt, r"was drawn for 'a toy at sea', but prompt 0 of toy is 'a toy on a \w+ background'"),
         (a_file_elsewhere, r"images.jsonl line 1: file must lie in .*, found '../../secret.png'"),
-        (a_damaged_row, r"images.jsonl line 1: noise_seed must be int, found '7'"),
+        (a_damaged_row, r"images.jsonl line 1: noise_seed must be a whole number, found '7'"),
     ],
 )
 def test_images_that_are_not_those_of_the_manifest_are_refused(make_config, harm, message):
