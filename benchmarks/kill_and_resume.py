@@ -5,8 +5,8 @@ and started again until it has ended, as often as it takes for the number of kil
 write. What its runs hold is compared byte by byte: adapters and logged losses, predictions, scores, images and the
 numbers of the evaluations. A study's runner is killed with all that it has started, and alone.
 
-Commands are forked from this process, which has the libraries loaded: no kill is spent on their import. A study starts
-processes of its own.
+Commands are forked from this process, which has the libraries loaded: no kill is spent on their import. What a study
+starts are processes of its own.
 """
 
 from __future__ import annotations
@@ -79,13 +79,9 @@ class Command:
         return f"`{self.module}`" + ("" if self.group else ", the runner alone")
 
     @property
-    def is_study(self) -> bool:
-        return self.module == "analysis.study"
-
-    @property
     def folder(self) -> str:
         """Where its runs are; a study makes its own."""
-        return "studied" if self.is_study else "runs"
+        return "studied" if self.module == "analysis.study" else "runs"
 
 
 def _words(settings: dict[str, object]) -> tuple[str, ...]:
@@ -118,8 +114,6 @@ def _begin(command: Command, folder: Path, begun: Event) -> None:
     begun.set()
     torch.set_num_threads(1)
     os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if command.is_study:
-        os.execv(sys.executable, [sys.executable, "-m", command.module, *command.arguments])
     sys.argv = [command.module, *command.arguments]
     runpy.run_module(command.module, run_name="__main__", alter_sys=True)
 
@@ -220,9 +214,11 @@ def killed(command: Command, kills: int, take: Callable[[], Folder], seconds: fl
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python benchmarks/kill_and_resume.py", description=__doc__.split(":")[0])
     parser.add_argument("--kills", type=int, default=4, help="of each command (default: 4)")
+    parser.add_argument("--only", nargs="+", default=[""], help="packages whose commands are killed (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     out_argument(parser, "kill_and_resume")
     arguments = parser.parse_args(argv)
+    commands = [command for command in COMMANDS if command.module.startswith(tuple(arguments.only))]
     for command in COMMANDS:
         importlib.import_module(command.module)
     rows, numbers, rng = [], {}, random.Random(arguments.seed)
@@ -232,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (home.path / "study.yaml").write_text(yaml.safe_dump(STUDY))
         for experiment in ("commonsense_reasoning", "visual_instruction", "subject_driven_t2i"):
             home.run(Command(f"{experiment}.prepare_data", ("scale=smoke",)))
-        for command in COMMANDS:
+        for command in commands:
             shutil.rmtree(home.path / "studied", ignore_errors=True)
             if command.module.endswith(".train"):  # each experiment has its runs to itself
                 shutil.rmtree(home.path / "runs", ignore_errors=True)
