@@ -438,7 +438,7 @@ def a_damaged_row(config, record):
     [
         (no_images, r"no images in \S+; run python -m subject_driven_t2i.generate with the same arguments first"),
         (not_finished, r"moslora/data.subject=toy/seed-1: its images are not finished; run python -m .*generate"),
-        (damaged_settings, r"generation.json is damaged: expected what generate writes"),
+        (damaged_settings, r"generation.json is damaged: settings must be an object"),
         (one_file_missing, r"images/001-00.png: No such file.*; run python -m subject_driven_t2i.generate"),
         (
             one_file_changed,
