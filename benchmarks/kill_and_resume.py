@@ -138,7 +138,7 @@ class Folder:
         process.start()
         begun.wait()
         process.join(seconds)
-        latest = time.monotonic() + (seconds / 3 if aimed else 0)
+        latest = time.monotonic() + (seconds / 3 if aimed and seconds else 0)
         while process.exitcode is None and time.monotonic() < latest and self.unfinished(command.folder) <= before:
             process.join(0.001)
         if killed := process.exitcode is None:
