@@ -54,7 +54,7 @@ def resolve_path(path: str, key: str = "model.path") -> str:
             JSON file.
     """
     if not path.startswith(_PACKAGE):
-        _check_json_files(Path(path), key)
+        check_json_files(Path(path), key)
         return path
     module, _, folder = path.removeprefix(_PACKAGE).partition("/")
     try:
@@ -69,8 +69,12 @@ def resolve_path(path: str, key: str = "model.path") -> str:
     return str(found)
 
 
-def _check_json_files(folder: Path, key: str) -> None:
-    """Reads the JSON files in ``folder``: transformers passes over some that are damaged, and names few."""
+def check_json_files(folder: Path, key: str) -> None:
+    """Reads the JSON files in ``folder``: transformers passes over some that are damaged, and names few.
+
+    Raises:
+        UserError: the first that is damaged; ``key`` is the setting that names the folder.
+    """
     for path in sorted(folder.glob("*.json")):
         try:
             read_json(path)

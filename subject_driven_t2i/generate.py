@@ -24,6 +24,7 @@ from moslora_core import launch
 from moslora_core.drawn_images import FACTS, MANIFEST, SCORES, DrawnImage, read_drawn, read_facts
 from moslora_core.errors import UserError
 from moslora_core.evaluations import fingerprint, is_base, trained_adapter
+from moslora_core.paths import is_file
 from moslora_core.prepared import sha256
 from moslora_core.record import (
     RunRecord,
@@ -63,7 +64,7 @@ def settings(config: Config) -> dict[str, Any]:
 def _whole(record: RunRecord, drawn: DrawnImage) -> bool:
     """Whether the image of a line of the manifest is there, as it was drawn."""
     path = record.path / drawn.file
-    return path.is_file() and sha256(path) == drawn.sha256
+    return is_file(path) and sha256(path) == drawn.sha256
 
 
 def _is_done(record: RunRecord, expected: str, wanted: Sequence[Request], on_finished: str) -> bool:

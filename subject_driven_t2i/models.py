@@ -11,15 +11,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers import AutoModel, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 
 import moslora_core  # noqa: F401  (registers the adapter type MOSLORA with PEFT)
-from moslora_core.base_models import attach_saved, loading, resolve_path, weights_dtype
+from moslora_core.base_models import attach_saved, check_json_files, loading, resolve_path, weights_dtype
 from moslora_core.errors import UserError
+from moslora_core.typed import build
 
 from . import patch_vae  # noqa: F401  (diffusers loads a class that is not its own from an imported module alone)
 from .config import ModelConfig
@@ -92,6 +93,7 @@ def _check_folder(folder: Path, without: Sequence[str], name: str) -> None:
     for part in PARTS:
         if part not in without and not (folder / part).is_dir():
             raise UserError(f"{name}: has no folder {part}; expected SDXL's parts: {', '.join(PARTS)}")
+        check_json_files(folder / part, "model.path")
 
 
 @contextmanager
@@ -119,6 +121,13 @@ def _check_parts(pipeline: StableDiffusionXLPipeline, name: str) -> None:
     prediction = pipeline.scheduler.config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise UserError(f"{name}: prediction_type {prediction!r}; expected {' or '.join(PREDICTIONS)}")
+    for number in ("", "_2"):
+        tokenizer, encoder = pipeline.components[f"tokenizer{number}"], pipeline.components[f"text_encoder{number}"]
+        # Where there are no files of a tokenizer, transformers makes one that knows no word.
+        if tokenizer is not None and encoder is not None and len(tokenizer) != (size := encoder.config.vocab_size):
+            raise UserError(f"{name}: its tokenizer{number} has {len(tokenizer)} tokens; expected {size}")
+    if pipeline.vae is not None and "scaling_factor" in pipeline.vae.config:
+        build(Annotated[float, 0], pipeline.vae.config.get("scaling_factor"), f"{name}: vae", "scaling_factor")
     if (unet := pipeline.unet) is None:
         return
     if not isinstance(unet, UNet2DConditionModel) or unet.config.addition_embed_type != "text_time":

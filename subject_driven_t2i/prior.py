@@ -44,8 +44,12 @@ def class_latents(config: Config, pipeline: StableDiffusionXLPipeline, prompt: s
             with new_folder(target) as folder:
                 save_file({"mean": mean}, folder / LATENTS_FILE)
                 write_json(folder / FACTS_FILE, facts)
-    mean = read_safetensors(target / LATENTS_FILE)["mean"]
-    resolution = config.training.resolution
+    path, count, resolution = target / LATENTS_FILE, config.training.prior_images, config.training.resolution
+    mean = read_safetensors(path).get("mean")
+    if mean is None or mean.ndim != 4 or len(mean) != count or not mean.isfinite().all():
+        raise UserError(
+            f"{path} is damaged: expected the latents of {count} images; remove {target} to draw them again"
+        )
     time_ids = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]], dtype=torch.float32)
     return Latents(mean, torch.zeros_like(mean), time_ids.repeat(len(mean), 1))
 

@@ -7,20 +7,20 @@ comes to mean the subject, {1} the subject's class.
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import string
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from moslora_core.errors import UserError
-from moslora_core.paths import inside
+from moslora_core.paths import inside, is_file
 from moslora_core.prepared import read_manifest
 from moslora_core.record import read_json
+from moslora_core.typed import build, shown
 
 from .config import EXPERIMENT, DataConfig
 
@@ -88,6 +88,18 @@ def prompt_texts(subject: Subject, token: str | None = None) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- prepared
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A subject in ``subjects.json``: its images as paths below the folder, its prompts as templates."""
+
+    name: str
+    class_name: str
+    live: bool
+    token: str
+    images: list[str]
+    prompts: list[str]
+
+
 def write_subjects(folder: Path, subjects: Iterable[NewSubject], token: str) -> dict[str, Subject]:
     """Writes images and ``subjects.json`` to ``folder``; returns what :func:`read_subjects` will."""
     rows = []
@@ -96,17 +108,9 @@ def write_subjects(folder: Path, subjects: Iterable[NewSubject], token: str) -> 
         (folder / SUBJECTS_FOLDER / subject.name).mkdir(parents=True)
         for file, image in zip(files, subject.images, strict=True):
             image.save(folder / file)
-        rows.append(
-            {
-                "name": subject.name,
-                "class_name": subject.class_name,
-                "live": subject.live,
-                "token": token,
-                "images": files,
-                "prompts": list(subject.prompts),
-            }
-        )
-    (folder / SUBJECTS_FILE).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        rows.append(_Row(subject.name, subject.class_name, subject.live, token, files, list(subject.prompts)))
+    text = json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False)
+    (folder / SUBJECTS_FILE).write_text(text + "\n", encoding="utf-8")
     return _read(folder)
 
 
@@ -123,26 +127,21 @@ def read_subjects(data_dir: str | Path) -> dict[str, Subject]:
 
 def _read(folder: Path) -> dict[str, Subject]:
     path = folder / SUBJECTS_FILE
-    rows = read_json(path)
-    try:
-        subjects = [
-            Subject(
-                name=row["name"],
-                class_name=row["class_name"],
-                live=row["live"],
-                token=row["token"],
-                images=tuple(inside(folder, file, str(path)) for file in row["images"]),
-                prompts=tuple(Prompt(template) for template in row["prompts"]),
+    subjects: dict[str, Subject] = {}
+    for row in build(list[_Row], read_json(path), str(path)):
+        where = f"{path}: {row.name}"
+        if row.name in subjects or not row.images or not row.prompts:
+            raise UserError(
+                f"{where} is there twice, or has no images or no prompts; expected what prepare_data writes"
             )
-            for row in rows
-        ]
-    except (TypeError, KeyError):
-        raise UserError(f"{path} is damaged: expected what prepare_data writes") from None
-    for subject in subjects:
-        for image in subject.images:
-            if not image.is_file():
-                raise UserError(f"data.dir={folder}: no image {image.relative_to(folder)}; run prepare_data again")
-    return {subject.name: subject for subject in subjects}
+        images = tuple(inside(folder, file, where) for file in row.images)
+        if missing := [file for file, image in zip(row.images, images, strict=True) if not is_file(image)]:
+            raise UserError(f"data.dir={folder}: no image {shown(missing[0])}; run prepare_data again")
+        prompts = tuple(Prompt(check_template(template, where)) for template in row.prompts)
+        subjects[row.name] = Subject(row.name, row.class_name, row.live, row.token, images, prompts)
+    if not subjects:
+        raise UserError(f"{path}: expected subjects, found none")
+    return subjects
 
 
 def subject_of(data: DataConfig) -> Subject:
@@ -206,9 +205,10 @@ def read_prompt_file(path: Path) -> PromptFile:
             part = _HEADINGS[line.lower()]
         elif not line or line in ("prompt_list = [", "]") or line.replace(" ", "") == "subject_name,class":
             continue
-        elif part == "classes" and line.count(",") == 1:
-            name, class_name = next(csv.reader([line]))
-            classes[name.strip()] = class_name.strip()
+        elif part == "classes" and len(fields := [entry.strip() for entry in line.split(",")]) == 2 and all(fields):
+            name, class_name = fields
+            if classes.setdefault(name, class_name) != class_name:
+                raise UserError(f"{path} line {number}: {name} is a {class_name} here, and a {classes[name]} before")
         elif part in prompts and (match := _PROMPT.match(line)):
             prompts[part].append(check_template(match["template"], f"{path} line {number}"))
         else:

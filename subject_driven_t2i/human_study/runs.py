@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moslora_core import launch
 from moslora_core.drawn_images import FACTS, DrawnImage, drawing_settings, read_drawn
 from moslora_core.errors import UserError
+from moslora_core.paths import is_file
 from moslora_core.record import RunRecord, override_label
 
 from ..config import EXPERIMENT
@@ -187,7 +188,7 @@ def _unpaired(name: str, first: SubjectRun, second: SubjectRun) -> Iterator[str]
             yield f"{name}, --{side}: {run.path} has no images"
         elif absent := sorted(other.images.keys() - run.images.keys()):
             yield f"{name}, --{side}: {run.path} lacks {_some(absent)}, which {other.path} has"
-        if gone := [key for key, image in run.images.items() if not (run.path / image.file).is_file()]:
+        if gone := [key for key, image in run.images.items() if not is_file(run.path / image.file)]:
             yield f"{name}, --{side}: {run.path} lacks the file of {_some(gone)}"
 
 

@@ -7,19 +7,24 @@ out.
 from __future__ import annotations
 
 import random
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from moslora_core.errors import UserError
-from moslora_core.paths import inside
-from moslora_core.record import read_json
+from moslora_core.paths import inside, is_file
+from moslora_core.record import check_version, read_json
+from moslora_core.typed import Share, build, shown
 
 from ..config import EXPERIMENT
 
 STUDY_FILE, IMAGES_FOLDER = "study.json", "images"
 SCHEMA_VERSION = 1
 QUESTIONS = ("subject_similarity", "prompt_consistency")
+KINDS = ("pair", "same", "other")
+ANSWERS = ("first", "second", "tie")
+_Side = Annotated[int, 1]
 # A rater who answered more than this share of the attention questions wrong is left out of the analysis.
 MAX_WRONG = 0.25
 
@@ -78,10 +83,10 @@ class Study:
     first: Method
     second: Method
     subjects: dict[str, ShownSubject]
-    size: tuple[int, int]
+    size: tuple[_Side, _Side]
     pairs: tuple[Pair, ...]
     questions: tuple[str, ...] = QUESTIONS
-    max_wrong: float = MAX_WRONG
+    max_wrong: Share = MAX_WRONG
     schema_version: int = SCHEMA_VERSION
 
 
@@ -126,37 +131,31 @@ def read_study(folder: Path) -> Study:
     if not path.is_file():
         raise UserError(f"no study at {folder}; python -m {EXPERIMENT}.human_study serve makes one from two methods")
     raw = read_json(path)
-    try:
-        if raw["schema_version"] != SCHEMA_VERSION:
-            raise UserError(f"{path}: schema_version {raw['schema_version']!r}, expected {SCHEMA_VERSION}")
-        study = _study(raw)
-    except (TypeError, KeyError, AttributeError):
-        raise UserError(f"{path} is damaged: expected what serve writes") from None
+    check_version(raw, SCHEMA_VERSION, str(path))
+    study = build(Study, raw, str(path))
+    _check(study, str(path))
     for name in image_files(study):
-        if not inside(folder / IMAGES_FOLDER, name, str(path)).is_file():
-            raise UserError(f"{folder}: the image {IMAGES_FOLDER}/{name} is missing; make the study anew")
+        if not is_file(inside(folder / IMAGES_FOLDER, name, str(path))):
+            raise UserError(f"{folder}: the image {IMAGES_FOLDER}/{shown(name)} is missing; make the study anew")
     return study
 
 
-def _study(raw: dict[str, Any]) -> Study:
-    subjects = {
-        name: ShownSubject(entry["class_name"], tuple(entry["references"])) for name, entry in raw["subjects"].items()
-    }
-    pairs = tuple(
-        Pair(**{**entry, "images": tuple(entry["images"]), "sources": tuple(entry["sources"])})
-        for entry in raw["pairs"]
-    )
-    return Study(
-        **{
-            **raw,
-            "first": Method(**raw["first"]),
-            "second": Method(**raw["second"]),
-            "subjects": subjects,
-            "size": tuple(raw["size"]),
-            "pairs": pairs,
-            "questions": tuple(raw["questions"]),
-        }
-    )
+def _check(study: Study, where: str) -> None:
+    """Refuses what no study has, and what raters, votes or their analysis would fail on."""
+
+    def check(key: str, found: Sequence[str], known: Collection[str]) -> None:
+        if not found or len(set(found)) < len(found) or not set(found) <= set(known):
+            expected = f"some of {', '.join(known)}, each once" if known is not found else "some, each once"
+            raise UserError(f"{where}: {key} must be {expected}; found {shown(list(found))}")
+
+    check("questions", study.questions, QUESTIONS)
+    check("pairs", ids := [pair.id for pair in study.pairs], ids)
+    for number, pair in enumerate(study.pairs):
+        check(f"pairs.{number}.kind", [pair.kind], KINDS)
+        check(f"pairs.{number}.subject", [pair.subject], study.subjects)
+        for question, answer in pair.expected.items():
+            check(f"pairs.{number}.expected", [question], QUESTIONS)
+            check(f"pairs.{number}.expected.{question}", [answer], ANSWERS)
 
 
 def image_files(study: Study) -> list[str]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
+import struct
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from .row import BadInput, contents
 
@@ -22,6 +27,32 @@ NOT_JSON: dict[str, bytes] = {
     "has text after its end": b"[] []",
     "nests too deep": b"[" * _DEEP + b"]" * _DEEP,
     "is YAML": b"- id: 0\n",
+}
+
+
+def png(size: tuple[int, int] = (6, 4)) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 90).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of a hundred bytes that claims 900 million pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+NOT_IMAGES = {
+    "is empty": b"",
+    "is a text": b"<html>404</html>",
+    "is cut off": png((64, 64))[:600],
+    "has a wrong checksum": png()[:40] + b"\xff" + png()[41:],
+    "claims 900 million pixels": bomb(),
 }
 
 

@@ -8,14 +8,11 @@ import io
 import json
 import math
 import shutil
-import struct
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from moslora_core.base_models import resolve_path
@@ -32,36 +29,11 @@ from visual_instruction.models import load_processor
 from visual_instruction.prepare_data import prepare
 
 from ..visual_instruction.convert_parts import save_clip, save_llm, save_projector
-from .files import instead, put, unreadable
+from .files import NOT_IMAGES, instead, png, put, unreadable
 from .row import BadInput, check_refused
 
 Write = Callable[[Path], object]
 
-
-def png(size: tuple[int, int] = (6, 4)) -> bytes:
-    buffer = io.BytesIO()
-    Image.effect_noise(size, 90).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def bomb() -> bytes:
-    """A PNG of a hundred bytes that claims 900 million pixels."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        checked = kind + content
-        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
-
-    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
-NOT_IMAGES = {
-    "is empty": b"",
-    "is a text": b"<html>404</html>",
-    "is cut off": png((64, 64))[:600],
-    "has a wrong checksum": png()[:40] + b"\xff" + png()[41:],
-    "claims 900 million pixels": bomb(),
-}
 
 # -------------------------------------------------------------------------------------------------------- instructions
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 
 import pytest
@@ -197,22 +196,3 @@ def test_a_study_is_written_whole_or_not_at_all(tmp_path):
     write_study(tmp_path / "studies" / "one", draft)
     with pytest.raises(UserError, match="holds something else"):
         write_study(tmp_path / "studies" / "one", draft)
-
-
-def test_a_damaged_study_is_named(tmp_path):
-    folder = place_study(tmp_path)
-    with pytest.raises(UserError, match="no study at"):
-        read_study(tmp_path)
-    study = read_study(folder)
-    path = folder / "study.json"
-    text = path.read_text("utf-8")
-    path.write_text(json.dumps(json.loads(text) | {"pairs": [{"id": "1"}]}), encoding="utf-8")
-    with pytest.raises(UserError, match="is damaged: expected what serve writes"):
-        read_study(folder)
-    path.write_text(json.dumps(json.loads(text) | {"schema_version": 9}), encoding="utf-8")
-    with pytest.raises(UserError, match="schema_version 9, expected 1"):
-        read_study(folder)
-    path.write_text(text, encoding="utf-8")
-    (folder / IMAGES_FOLDER / study.pairs[0].images[0]).unlink()
-    with pytest.raises(UserError, match="is missing; make the study anew"):
-        read_study(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -218,18 +217,6 @@ def test_the_subject_of_a_run_is_named_and_prepared(prepared_dir):
     assert "data.subject=fido: no such subject in" in message and "it has rex, cola" in message
     assert "was prepared with sks" in refusal(subject_of, settings(token="zwx"))
     assert "run python -m subject_driven_t2i.prepare_data" in refusal(subject_of, settings(dir="nowhere"))
-
-
-def test_a_damaged_folder_is_refused(prepared_dir):
-    image = prepared_dir / "subjects" / "cola" / "01.png"
-    image.unlink()
-    assert "no image subjects/cola/01.png" in refusal(read_subjects, prepared_dir)
-    file = prepared_dir / "subjects.json"
-    rows = json.loads(file.read_text())
-    file.write_text(json.dumps([{key: value for key, value in rows[0].items() if key != "live"}]))
-    assert "subjects.json is damaged" in refusal(read_subjects, prepared_dir)
-    file.write_text("{")
-    assert "subjects.json is damaged" in refusal(read_subjects, prepared_dir)
 
 
 # --------------------------------------------------------------------------------------------------------------- real

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,8 +115,7 @@ def convert_config(values: dict[str, Any], path: Path) -> LlamaConfig:
     Raises:
         UserError: a value is missing, head counts do not divide, or an unknown scaling of rotary positions.
     """
-    known = {entry.name for entry in fields(_Sizes)}
-    sizes = build(_Sizes, {name: value for name, value in values.items() if name in known}, str(path))
+    sizes = build(_Sizes, values, str(path), others=True)
     heads, width = sizes.num_attention_heads, sizes.hidden_size
     key_value_heads = sizes.num_key_value_heads or heads
     if heads % key_value_heads or width % heads:
