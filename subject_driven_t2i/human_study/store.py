@@ -96,6 +96,8 @@ def open_store(folder: Path) -> None:
         (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
         if found != "ok":
             raise sqlite3.DatabaseError(found.splitlines()[-1])
+        if connection.execute("PRAGMA foreign_key_check(votes)").fetchone():
+            raise sqlite3.DatabaseError("a vote on a pair that its rater was not shown")
 
 
 def check_study(folder: Path, study: Study) -> None:
