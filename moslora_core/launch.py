@@ -216,8 +216,11 @@ def _check(config_module: str, folder: Path | None, arguments: Sequence[str]) ->
                 for value in entry[1:] if sweeps else ():
                     compose("config", overrides=[*first[:number], value, *first[number + 1 :]])
             config = compose("config", overrides=first if sweeps else overrides)
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(_one_line(error)) from None
+    except (OSError, TypeError, ValueError) as error:  # what is no name of a file, given where Hydra looks for one
+        reason = getattr(error, "strerror", None) or _one_line(error)
+        raise UserError(f"{shown(overrides)}: an override that names no setting or choice ({reason})") from None
     if sweeps:
         _check_writable(Path(config.runs_dir))
 
