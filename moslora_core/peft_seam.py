@@ -13,6 +13,8 @@ PEFT promises stability for its public functions only. What is used beyond them:
     LoraModel.inject_adapter,                   where all modules of a new adapter are known by name, which patterns
       targeted_module_names                     that match none of them are held against
     LoraModel.subtract_mutated_init             refused: it would difference mixers
+    LoraModel._get_adapter_state_dict,          inherited: what LoRA saves beside A and B (biases, DoRA's magnitudes)
+      _remap_adapter_state_dict_for_load        and under which names; PEFT 0.20 asks for the type LORA instead
     LoraLayer.lora_A, lora_B (ModuleDict)       hold, by adapter, the module of A or B; the mixer goes inside one
     LoraLayer.lora_embedding_A, _B              the same for embeddings, as bare parameters
     LoraLayer.adapter_layer_names               attributes whose entries follow the adapter: trained, saved, deleted
@@ -26,41 +28,18 @@ PEFT promises stability for its public functions only. What is used beyond them:
                                                 never write to either after creation
 
 ``tests/moslora_core/test_peft_seam.py`` holds each of these to its word. The versions of PEFT for which that was
-checked are ``SUPPORTED``.
+checked stand in ``moslora_core/versions.py``.
 """
 
 from __future__ import annotations
 
-import peft
-
-# First version that is known to work, and first that is not.
-SUPPORTED = ("0.21.0", "0.22.0")
-
-
-def check_version(version: str) -> None:
-    """Refuses a version of PEFT whose internals were not checked.
-
-    Raises:
-        ImportError: the version is outside ``SUPPORTED``.
-    """
-    found = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:2])
-    low, high = (tuple(int(part) for part in bound.split(".")[:2]) for bound in SUPPORTED)
-    if not low <= found < high:
-        raise ImportError(
-            f"moslora_core works with peft >= {SUPPORTED[0]}, < {SUPPORTED[1]} and found {version}: it relies on "
-            "internals of PEFT that other versions may have changed. Install one of these versions of peft."
-        )
-
-
-check_version(peft.__version__)
-
-from peft import LoraModel, PeftConfig, PeftType  # noqa: E402
-from peft.mapping import (  # noqa: E402
+from peft import LoraModel, PeftConfig, PeftType
+from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, MultiheadAttention  # noqa: E402
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, MultiheadAttention
 
 __all__ = ["LORA_LAYERS", "MOSLORA", "Embedding", "Linear", "LoraLayer", "LoraModel", "MultiheadAttention", "register"]
 

@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from moslora_core.versions import SUPPORTED
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ("commonsense_reasoning", "visual_instruction", "subject_driven_t2i")
@@ -37,6 +41,12 @@ def imported(path: Path) -> set[str]:
 
 def pyproject() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def pins(file: str) -> dict[str, str]:
+    """Library -> its exact version in a file of constraints."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return dict(line.lower().replace("_", "-").split("==") for line in lines if line and not line.startswith("#"))
 
 
 @pytest.mark.parametrize("package", [name for name in FORBIDDEN if (ROOT / name).is_dir()])
@@ -64,14 +74,28 @@ def test_environment_defers_to_pyproject():
 
 
 def test_constraints_pin_every_dependency_within_its_range():
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = dict(line.lower().replace("_", "-").split("==") for line in lines if line and not line.startswith("#"))
+    pinned = pins("constraints.txt")
     project = pyproject()["project"]
     for text in itertools.chain(project["dependencies"], *project["optional-dependencies"].values()):
         requirement = Requirement(text)
         name = requirement.name.lower().replace("_", "-")
-        assert name in pins, f"{name} has no exact version in constraints.txt"
-        assert requirement.specifier.contains(pins[name]), f"{text} excludes the pinned {pins[name]}"
+        assert name in pinned, f"{name} has no exact version in constraints.txt"
+        assert requirement.specifier.contains(pinned[name]), f"{text} excludes the pinned {pinned[name]}"
+
+
+def test_the_import_checks_the_versions_that_the_metadata_names():
+    requirements = {each.name: each.specifier for each in map(Requirement, pyproject()["project"]["dependencies"])}
+    for library, supported in SUPPORTED.items():
+        assert requirements[library] == SpecifierSet(supported), library
+
+
+def test_the_oldest_constraints_are_the_first_supported_versions():
+    oldest = pins("constraints-oldest.txt")
+    for library, supported in SUPPORTED.items():
+        lower = min(Version(bound.version) for bound in SpecifierSet(supported) if bound.operator == ">=")
+        assert Version(oldest[library]) == lower, library
+    pinned = pins("constraints.txt")
+    assert all(pinned.get(name) != version for name, version in oldest.items()), "only what differs"
 
 
 def test_makefile_installs_all_extras():

@@ -150,6 +150,16 @@ def test_layout_on_disk(kind, keys, mixer, tmp_path):
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == {f"base_model.model.layer.{key}" for key in keys}
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_of_the_base_are_saved(bias, tmp_path):
+    model, x = LINEAR.model(bias=bias), LINEAR.batch()
+    start = model(x)
+    train(model, x)
+    assert not close(model(x), start)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(LINEAR.base(), str(tmp_path)).eval()(x), model(x))
+
+
 def test_layout_on_disk_of_attention(tmp_path):
     ATTENTION.model().save_pretrained(tmp_path)
     parts = {"lora_A.weight", "lora_B.raw", "lora_B.mixer"}
