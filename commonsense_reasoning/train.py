@@ -15,7 +15,7 @@ from moslora_core import launch
 from moslora_core.count import DecoderShape, DryRun, count_parameters, estimate_memory, meta_causal_lm
 from moslora_core.methods import attach, peft_config
 from moslora_core.record import RunRecord
-from moslora_core.running import Prepared, accumulation, total_steps, train_command, training_arguments
+from moslora_core.running import Prepared, accumulation, check_settings, total_steps, train_command, training_arguments
 
 from .config import CONF_MODULE, EXPERIMENT, NOT_IN_LABEL, Config, locate
 from .data import Collator, check_prepared, load_training
@@ -87,6 +87,7 @@ def prepare(config: Config, record: RunRecord) -> Prepared:
 
 
 def main(config: Config) -> None:
+    check_settings(config)
     if config.dry_run:
         for line in dry_run(config).lines():
             logger.info(line)

@@ -122,7 +122,9 @@ def end_process() -> None:
 def instantiate(schema: type, config: DictConfig) -> Any:
     """``config`` as an instance of ``schema``; a key or type that the schema lacks is a UserError."""
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
+        # As plain values: a key that Hydra's + has added to a node of the schema would come through.
+        given = OmegaConf.to_container(config)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from None
 

@@ -5,6 +5,7 @@ PEFT's own tuners serve as baselines; what is defined here is only which of thei
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 
@@ -19,6 +20,9 @@ from .fold import fold_into_init
 # Kaiming uniform (a = sqrt 5) on an r x r matrix draws U(-1/sqrt r, 1/sqrt r): E[M^T M] = I / 3, so that
 # |M A| is about |A| / sqrt 3. A LoRA scaled by this factor is the step-size control for the mixer's initialisation.
 KAIMING_SCALE = 0.577
+
+
+TUNERS = ("lora", "adalora", "lokr", "loha")
 
 
 @dataclass
@@ -112,6 +116,11 @@ def peft_config(
     """
     if method.tuner == "none":
         raise UserError(f"method={method.name} is the untrained model: there is nothing to train, only to evaluate")
+    if method.tuner not in TUNERS:
+        raise UserError(f"method.tuner must be one of {', '.join(TUNERS)}, found {method.tuner!r}")
+    for key in ("alpha_scale", "lora_plus_ratio"):
+        if (value := getattr(method, key)) is not None and not 0 < value < math.inf:
+            raise UserError(f"method.{key} must be positive and finite, found {value}")
     if adapter.r < 1:
         raise UserError(f"adapter.r must be a positive rank, found {adapter.r}")
     if not 0 <= adapter.lora_dropout < 1:
@@ -120,9 +129,10 @@ def peft_config(
         raise UserError("adapter.target_modules is empty; name at least one module")
     if adapter.lora_alpha <= 0:
         raise UserError(f"adapter.lora_alpha must be positive, found {adapter.lora_alpha}")
-    for key, value in adapter.alpha_pattern.items():
-        if value <= 0:
-            raise UserError(f"adapter.alpha_pattern[{key!r}] must be positive, found {value}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key, value in getattr(adapter, name).items():
+            if not 0 < value < math.inf:
+                raise UserError(f"adapter.{name}[{key!r}] must be positive, found {value}")
     alpha = adapter.lora_alpha * method.alpha_scale
     common = {
         "r": adapter.r,
@@ -164,13 +174,11 @@ def peft_config(
         own = common | patterns | {"alpha": alpha, "rank_dropout": adapter.lora_dropout}
         if method.tuner == "loha":
             return LoHaConfig(**own)
-        if method.tuner == "lokr":
-            return LoKrConfig(**own)
+        return LoKrConfig(**own)
     except UserError:
         raise
     except (TypeError, ValueError) as error:
         raise UserError(f"method={method.name}: {error}") from None
-    raise UserError(f"method.tuner must be one of lora, adalora, lokr, loha, found {method.tuner!r}")
 
 
 def _modules(setting: str, names: list[str]) -> list[str] | str | None:

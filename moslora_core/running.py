@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ import torch
 from omegaconf import MISSING
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, SchedulerType, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
+from transformers.training_args import OptimizerNames
 
 from . import launch
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME
@@ -105,6 +106,46 @@ class TrainingConfig:
 # --------------------------------------------------------------------------------------------------------------- plan
 
 
+# Settings with a least value: those that are to be above 0, and those that may be 0.
+_POSITIVE = (
+    *("learning_rate", "epochs", "max_steps", "global_batch_size", "per_device_batch_size", "devices"),
+    *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "keep_steps"),
+)
+_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "workers")
+_OPTIONAL = tuple(entry.name for entry in fields(TrainingConfig) if entry.default is None)
+
+
+def check_training(training: TrainingConfig) -> None:
+    """Checks each setting of a training by itself.
+
+    Raises:
+        UserError: one that is out of range, not finite or unknown.
+    """
+    for name in (*_POSITIVE, *_NOT_NEGATIVE):
+        value = getattr(training, name)
+        if value is None or (math.isfinite(value) and (value > 0 if name in _POSITIVE else value >= 0)):
+            continue
+        expected = ("positive" if name in _POSITIVE else "0 or positive") + (" or null" if name in _OPTIONAL else "")
+        raise UserError(f"training.{name} must be {expected}, found {value}")
+    for name, known in (("lr_scheduler", SchedulerType), ("optimizer", OptimizerNames), ("precision", PRECISIONS)):
+        names = [getattr(entry, "value", entry) for entry in known]
+        if (value := getattr(training, name)) not in names:
+            raise UserError(f"training.{name} must be one of {', '.join(names)}, found {value!r}")
+    _deepspeed(training.deepspeed)
+
+
+def check_settings(config: Any) -> None:
+    """Checks what the configurations of all experiments have in common, before data or a model is read.
+
+    Raises:
+        UserError: a setting that is out of range or unknown.
+    """
+    check_training(config.training)
+    check_on_finished(config.on_finished)
+    if not 0 <= config.seed < 2**32:  # numpy's range
+        raise UserError(f"seed must be from 0 to {2**32 - 1}, found {config.seed}")
+
+
 def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
@@ -113,11 +154,9 @@ def total_steps(training: TrainingConfig, examples: int) -> int:
     """Optimiser steps of a training on so many examples.
 
     Raises:
-        UserError: ``max_steps`` below 1, or sizes that are not positive.
+        UserError: sizes that are not positive.
     """
     if training.max_steps is not None:
-        if training.max_steps < 1:
-            raise UserError(f"training.max_steps must be positive or null, found {training.max_steps}")
         return training.max_steps
     return optimiser_steps(examples, training.global_batch_size, training.epochs)
 
@@ -151,8 +190,6 @@ def check_devices(training: TrainingConfig) -> None:
 
 
 def _precision(name: str) -> dict[str, bool]:
-    if name not in PRECISIONS:
-        raise UserError(f"training.precision must be one of {', '.join(PRECISIONS)}, found {name!r}")
     if name == "auto":
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         name = "bf16" if bf16 else "fp32"
@@ -213,13 +250,8 @@ def training_arguments(
     Raises:
         UserError: a setting that is out of range, contradicts another, or that transformers refuses.
     """
+    check_training(training)
     check_devices(training)
-    if training.learning_rate <= 0:
-        raise UserError(f"training.learning_rate must be positive, found {training.learning_rate}")
-    if training.keep_steps is not None and training.keep_steps < 1:
-        raise UserError(f"training.keep_steps must be positive or null, found {training.keep_steps}")
-    if training.save_total_limit < 1:
-        raise UserError(f"training.save_total_limit must be positive, found {training.save_total_limit}")
     if training.load_best and (not validates or training.eval_steps is None or training.save_steps is None):
         raise UserError("training.load_best needs data.validation_items, training.eval_steps and training.save_steps")
     deepspeed = _deepspeed(training.deepspeed)

@@ -35,6 +35,7 @@ from moslora_core.running import (
     Prepared,
     accumulation,
     check_devices,
+    check_settings,
     is_main_process,
     planned_devices,
     total_steps,
@@ -265,6 +266,7 @@ def dry_run(config: Config) -> DryRun:
 
 
 def main(config: Config) -> None:
+    check_settings(config)
     if config.dry_run:
         for line in dry_run(config).lines():
             logger.info(line)

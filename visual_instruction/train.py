@@ -24,6 +24,7 @@ from moslora_core.running import (
     Prepared,
     accumulation,
     check_devices,
+    check_settings,
     planned_devices,
     total_steps,
     train_command,
@@ -214,6 +215,7 @@ def _memory(config: Config, llava: LlavaConfig, count: Count) -> MemoryEstimate:
 
 
 def main(config: Config) -> None:
+    check_settings(config)
     if config.dry_run:
         for line in dry_run(config).lines():
             logger.info(line)
