@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 import signal
 import sys
@@ -169,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         share = arguments.inputs / sum(target.weight for target in chosen)
         tallies = {}
         for target in chosen:
-            tallies[target.name] = fuzz(target, round(target.weight * share), arguments.seed)
+            tallies[target.name] = fuzz(target, math.ceil(target.weight * share), arguments.seed)
             for finding in tallies[target.name].findings.values():
                 path = _kept(arguments.findings, target.name, finding.content)
                 sys.stderr.write(f"{finding.error} at {finding.where}: --target '{target.name}' --replay {path}\n")

@@ -184,8 +184,8 @@ def _configurations(home: Path, module: ModuleType) -> Iterator[Target]:
     keys = launch._flat(OmegaConf.to_container(OmegaConf.structured(plain)))
     lines = [f"{key}={json.dumps(value)}" for key, value in keys.items() if isinstance(value, int | float | list)]
     examples = ["\n".join(["method=moslora", *lines[at : at + 6]]).encode() for at in range(0, len(lines), 6)]
-    yield Target(f"configurations: {module.EXPERIMENT} overrides", OVERRIDES, examples, composed, weight=0.03)
-    yield of_file("configurations", path, YAML, recorded, weight=0.03)
+    yield Target(f"configurations: {module.EXPERIMENT} overrides", OVERRIDES, examples, composed, weight=0.05)
+    yield of_file("configurations", path, YAML, recorded, weight=0.05)
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
