@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from .errors import UserError
@@ -13,3 +16,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+    def write(self, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], Path]) -> int:
+        """A whole command that writes something and says where.
+
+        Returns:
+            Its exit status; 2 for a UserError of the arguments or of ``work``, which is told in a line.
+        """
+        try:
+            written = work(self.parse_args(argv))
+        except UserError as error:
+            sys.stderr.write(f"error: {error}\n")
+            return 2
+        sys.stdout.write(f"{written}\n")
+        return 0

@@ -15,7 +15,6 @@ autocast, or on another device than the fold's, equality is up to rounding.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import logging
 import os
@@ -31,6 +30,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 
 from .adapter_files import PREFIX, check_output, pattern_value, read_config, read_weights, write_adapter
+from .arguments import Parser
 from .config import MixerSetting, MoSLoraConfig
 from .errors import UserError
 from .mixer import fold_into_a, fold_into_b
@@ -296,21 +296,13 @@ def _fold_start(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m moslora_core.fold IN OUT [--dtype float32]``; returns the exit status, 2 for bad input."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m moslora_core.fold", description="Convert a saved MoSLoRA adapter to plain LoRA, exactly."
     )
     parser.add_argument("input", metavar="IN", help="folder of a saved MoSLoRA adapter")
     parser.add_argument("output", metavar="OUT", help="folder to write; new or empty")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="multiply and store in this dtype; default: as saved")
-    arguments = parser.parse_args(argv)
-    try:
-        dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-        written = fold_adapter(arguments.input, arguments.output, dtype=dtype)
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    sys.stdout.write(f"{written}\n")
-    return 0
+    return parser.write(argv, lambda given: fold_adapter(given.input, given.output, dtype=DTYPES.get(given.dtype)))
 
 
 if __name__ == "__main__":

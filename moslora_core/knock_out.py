@@ -212,23 +212,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m moslora_core.knock_out", description="Copy a saved adapter without some of its subspaces."
     )
-    parser.add_argument("input", metavar="ADAPTER", help="folder of a saved LoRA or MoSLoRA adapter")
-    parser.add_argument("output", metavar="OUT", help="folder to write; new or empty")
+    parser.add_argument("in_dir", metavar="ADAPTER", help="folder of a saved LoRA or MoSLoRA adapter")
+    parser.add_argument("out_dir", metavar="OUT", help="folder to write; new or empty")
     number = parser.add_mutually_exclusive_group(required=True)
     number.add_argument("--keep", type=int, metavar="K", help="keep K ranks of each module")
     number.add_argument("--zero-pairs", type=int, metavar="N", help="zero N terms m_ij B_i A_j of each module")
     parser.add_argument("--order", choices=ORDERS, default="weakest", help="which go first; default: weakest")
     parser.add_argument("--seed", type=int, default=0, help="of the random order; default: 0")
-    try:
-        arguments = parser.parse_args(argv)
-        numbers = {"zero_pairs": arguments.zero_pairs, "keep": arguments.keep}
-        numbers |= {"order": arguments.order, "seed": arguments.seed}
-        written = knock_out_adapter(arguments.input, arguments.output, **numbers)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    sys.stdout.write(f"{written}\n")
-    return 0
+    return parser.write(argv, lambda given: knock_out_adapter(**vars(given)))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ which knows tensors and containers and refuses every other type or call, so that
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import re
@@ -50,6 +49,7 @@ from .adapter_files import (
     regex,
     write_adapter,
 )
+from .arguments import Parser
 from .config import MoSLoraConfig
 from .errors import UserError
 
@@ -293,20 +293,13 @@ def _reaches(targets: Any, names: Sequence[str]) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m moslora_core.official IN OUT``; returns the exit status, 2 for bad input."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m moslora_core.official",
         description="Convert an adapter saved by the authors' code (lora_AB) to this package's layout.",
     )
     parser.add_argument("input", metavar="IN", help="folder of the authors' adapter, or its .safetensors file")
     parser.add_argument("output", metavar="OUT", help="folder to write; new or empty")
-    arguments = parser.parse_args(argv)
-    try:
-        written = convert_folder(arguments.input, arguments.output)
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    sys.stdout.write(f"{written}\n")
-    return 0
+    return parser.write(argv, lambda given: convert_folder(given.input, given.output))
 
 
 if __name__ == "__main__":

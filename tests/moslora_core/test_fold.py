@@ -311,7 +311,7 @@ def test_the_command_as_a_process_ends_bad_input_in_one_line(tmp_path):
         check=False,
     )
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1] == f"{tmp_path / 'absent'}: no such folder; expected a saved adapter"
+    assert result.stderr.splitlines()[-1] == f"error: {tmp_path / 'absent'}: no such folder; expected a saved adapter"
     assert "Traceback" not in result.stderr and "RuntimeWarning" not in result.stderr and not result.stdout
 
 
@@ -446,7 +446,7 @@ def test_what_is_no_complete_adapter_is_refused_in_one_line(saved, tmp_path, cap
     assert len(str(caught.value).splitlines()) == 1
     assert str(saved) in str(caught.value)
     assert main([str(saved), str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == f"{caught.value}\n"
+    assert capsys.readouterr().err == f"error: {caught.value}\n"
     assert not (tmp_path / "out").exists()
 
 

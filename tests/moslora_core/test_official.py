@@ -363,7 +363,7 @@ def test_what_cannot_be_read_exactly_is_refused_in_one_line(tmp_path, capsys, da
     folder = write(tmp_path / "x", config, tensors)
     assert main([str(folder), str(tmp_path / "out")]) == 2
     line = capsys.readouterr().err
-    assert len(line.splitlines()) == 1 and line.startswith(str(folder))
+    assert len(line.splitlines()) == 1 and line.startswith(f"error: {folder}")
     with pytest.raises(UserError, match=message):
         read_official(folder)
     assert not (tmp_path / "out").exists()
