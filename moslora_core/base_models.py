@@ -29,6 +29,7 @@ from transformers import (
 
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from .errors import UserError
+from .prepared import sha256
 from .record import read_json
 
 logger = logging.getLogger(__name__)
@@ -237,8 +238,7 @@ def adapter_sha256(adapter: Path) -> dict[str, str]:
     found = {}
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         try:
-            with open(adapter / name, "rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[name] = sha256(adapter / name)
         except OSError as error:
             raise UserError(f"{adapter / name}: {error.strerror}; expected a saved adapter") from None
     return found

@@ -323,10 +323,9 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: it cannot be read, or is no JSON.
     """
+    text = read_text(path)
     try:
-        return parse_json(read_text(path))
-    except UserError:
-        raise
+        return parse_json(text)
     except ValueError as error:
         raise UserError(f"{path} is damaged: expected JSON, found {error}") from None
 
